@@ -1,0 +1,21 @@
+"""Meta-DMoE: test-time adaptation to unseen domains by distilling domain experts (Zhong et al., NeurIPS 2022)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmoe.adaptation import Adapter
+    from dmoe.errors import UserError
+    from dmoe.model import Model, load
+
+__all__ = ["Adapter", "Model", "UserError", "load"]
+
+_HOMES = {"Adapter": "dmoe.adaptation", "Model": "dmoe.model", "UserError": "dmoe.errors", "load": "dmoe.model"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers ``-h`` without waiting for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dmoe' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

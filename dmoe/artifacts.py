@@ -1,0 +1,112 @@
+"""Files that outlive a process: tensors as safetensors, facts as JSON, each written whole or not at all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmoe.errors import UserError
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it takes the name ``path`` once it is complete and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: the file is missing, cut off, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}): delete it to make it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged, not a JSON object: delete it to make it again")
+    return content
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+    """Write named tensors and a few JSON facts into one safetensors file."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as beside:
+        save_file(contiguous, beside, metadata={"facts": json.dumps(dict(facts or {}))})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the facts of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or cut off.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())}): delete it or bring it again") from None
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy tensors into a module, every one of them into its place.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape; the line names the first and counts them.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    extra = [name for name in tensors if name not in own]
+    if missing or extra:
+        kind, names = ("lacks", missing) if missing else ("has no place for", extra)
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{where}: it {kind} {names[0]}{others}: it was made for another network")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{where}: {name} is {list(tensor.shape)}, the network's is {list(own[name].shape)}")
+    module.load_state_dict(dict(tensors))
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix.``, without it."""
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def digest_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_facts(facts: Mapping[str, Any]) -> str:
+    """The same for equal plain data, in whatever order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,303 @@
+"""One typed, frozen configuration: YAML file, then command-line overrides, checked before any work starts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
+
+from dmoe.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A number of steps or epochs, written with its unit: ``400 steps``, ``12 epochs``, ``0.5 epochs``."""
+
+    count: float
+    unit: Literal["steps", "epochs"]
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """This many optimizer steps, where an epoch has ``steps_per_epoch``."""
+        return round(self.count * (steps_per_epoch if self.unit == "epochs" else 1))
+
+    def __str__(self) -> str:
+        return f"{self.count:g} {self.unit}"
+
+    @classmethod
+    def parse(cls, text: Any) -> "Duration":
+        if isinstance(text, Duration):
+            return text
+        number, _, unit = str(text).strip().partition(" ")
+        unit = {"step": "steps", "epoch": "epochs"}.get(unit.strip(), unit.strip())
+        try:
+            count = float(number)
+        except ValueError:
+            count = -1
+        if unit not in ("steps", "epochs") or not 0 <= count < float("inf"):
+            raise ValueError("must be a number and a unit, such as '400 steps' or '12 epochs'")
+        return cls(count, unit)  # type: ignore[arg-type]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+
+NO_STEPS = Duration(0, "steps")
+
+
+class Section(BaseModel):
+    """Fields that nobody may misspell or change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class OptimizerConfig(Section):
+    """Adam and how its learning rate moves."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Learning rate at its highest."""
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    """L2 added to the gradient (Adam's weight_decay)."""
+    schedule: Literal["constant", "exponential", "cosine"] = "constant"
+    decay_per_epoch: Annotated[float, Field(gt=0, le=1)] = 0.96
+    """Factor of the exponential schedule, applied once an epoch."""
+    warmup: Duration = NO_STEPS
+    """Linear rise from 0 at the start, whatever the schedule."""
+    max_gradient_norm: Annotated[float, Field(gt=0)] | None = None
+    """Gradients are scaled down to this L2 norm; null: never."""
+
+
+class TrainingConfig(Section):
+    """One run of the supervised loop."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    """Images in a step."""
+    duration: Duration
+    optimizer: OptimizerConfig
+    evaluate_every: Duration = Duration(1, "epochs")
+    """Validation, and the choice of the best checkpoint."""
+
+
+class BackboneConfig(Section):
+    name: str
+    """small_conv, resnet18, resnet50, densenet121, mobilenet_v2, or timm:<model>."""
+    weights: str = "none"
+    """none (random), pretrained (the library's), or a file of feature tensors."""
+    last_relu: bool = True
+    """DenseNet only: ReLU after the last norm. The public code's checkpoints were made without."""
+
+
+class DataConfig(Section):
+    dir: Path | None = None
+    """Where the data set lies; the embedded one needs none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Makes the stored views of the embedded data set; a run's own seed leaves the data alone."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read images ahead; 0: none."""
+
+
+class ExpertsConfig(Section):
+    count: Annotated[int, Field(ge=2)]
+    """N. Two at least, because an image's own expert is left out in training."""
+    partition: Literal["shuffled", "interleaved"] = "shuffled"
+    """shuffled: runs of the shuffled source domains (the public code). interleaved: domain number modulo N."""
+    backbone: BackboneConfig
+    training: TrainingConfig
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of each expert's process; the number of processes follows from it."""
+
+
+class TokensConfig(Section):
+    batch_size: Annotated[int, Field(ge=1)] = 500
+    """Images in one pass through the experts."""
+
+
+class AggregatorConfig(Section):
+    depth: Annotated[int, Field(ge=1)] = 1
+    heads: Annotated[int, Field(ge=1)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """In its pretraining only."""
+    output_map: bool = False
+    """An affine map behind the pooling, fitted onto the pretrained student's features. Not in the paper."""
+    training: TrainingConfig
+
+
+class StudentConfig(Section):
+    backbone: BackboneConfig | None = None
+    """null: the experts'. Its features must be as wide as theirs."""
+    training: TrainingConfig
+
+
+class MetaConfig(Section):
+    """Bi-level training in episodes."""
+
+    duration: Duration
+    domains_per_update: Annotated[int, Field(ge=1)] = 1
+    """Episodes whose gradients are averaged (the public code: 1; the paper's text: several)."""
+    support_size: Annotated[int, Field(ge=1)]
+    """Unlabeled images to adapt to."""
+    query_size: Annotated[int, Field(ge=1)]
+    """Labeled images of the same domain to judge the adapted student by."""
+    inner_lr: Annotated[float, Field(gt=0)]
+    inner_steps: Annotated[int, Field(ge=1)] = 1
+    mask: Literal["remove", "zero", "none"] = "remove"
+    """What happens to the token of the expert that knows the episode's domain (code: remove; text: zero)."""
+    target: Literal["aggregator", "zeros"] = "aggregator"
+    """zeros: a control; the student adapts towards nothing, and no expert is asked."""
+    student: OptimizerConfig
+    aggregator: OptimizerConfig
+    restart_optimizers: bool = False
+    """Forget Adam's moments at each epoch, as the public code does."""
+    gradient: Literal["forward_over_reverse", "double_backward"] = "forward_over_reverse"
+    """Two ways to the same exact gradient; the first keeps no graph of the inner steps."""
+    evaluate_every: Duration = Duration(0.5, "epochs")
+
+
+class EvaluationConfig(Section):
+    support_size: Annotated[int, Field(ge=1)] | None = None
+    """Images of a target domain to adapt to; null: meta.support_size."""
+    score_support: bool = True
+    """Whether the support images count in the metrics (the public code: yes; the paper's text: no)."""
+    batch_size: Annotated[int, Field(ge=1)] = 500
+    """Images predicted at a time."""
+    expert_batch_norm: Literal["running", "batch"] = "running"
+    """Statistics that the experts normalise by; batch: as the public code's --test entry."""
+
+
+class Config(Section):
+    """Everything that decides a run's numbers, and nothing else."""
+
+    dataset: str
+    seed: Annotated[int, Field(ge=0)] = 1
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints, beside those at each evaluation."""
+    data: DataConfig = DataConfig()
+    experts: ExpertsConfig
+    tokens: TokensConfig = TokensConfig()
+    aggregator: AggregatorConfig
+    student: StudentConfig
+    meta: MetaConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def student_backbone(self) -> BackboneConfig:
+        return self.student.backbone or self.experts.backbone
+
+    @property
+    def support_size(self) -> int:
+        """Support images at test time."""
+        return self.evaluation.support_size or self.meta.support_size
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), **flags: Any) -> Config:
+    """Read a YAML file, apply ``key.sub=value`` overrides and then flags that are not None.
+
+    Raises:
+        UserError: the file is missing or not YAML, a field is unknown or missing, or a value is out of its range; the line
+            names the place, the field and the value.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration; known: {', '.join(known_datasets())}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold fields such as 'seed: 1', got {type(content).__name__}")
+
+    origins: dict[tuple[str, ...], str] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"command line: overrides look like meta.inner_lr=0.2, got {text!r}")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"command line: the value of {key} is not valid YAML: {value!r}") from None
+        _set(content, tuple(key.split(".")), parsed, origins)
+    for key, value in flags.items():
+        if value is not None:
+            _set(content, tuple(key.split("__")), value, origins)
+    return validate_config(content, str(path), origins)
+
+
+def validate_config(content: Mapping[str, Any], place: str, origins: Mapping[tuple[str, ...], str] | None = None) -> Config:
+    """A Config of plain data; its first fault becomes a UserError that names the place it came from."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_explain(error, place, origins or {})) from None
+
+
+def known_datasets() -> list[str]:
+    """Names for which a configuration is shipped."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted fields in which two plain configurations differ, as ``meta.inner_lr: 1.0 there, 0.2 here``."""
+    found = []
+    for key in sorted({*one, *other}):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} here")
+    return found
+
+
+def _set(content: dict[str, Any], keys: tuple[str, ...], value: Any, origins: dict[tuple[str, ...], str]) -> None:
+    section = content
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise UserError(f"command line: {'.'.join(keys)}: {key} is a single value, it has no fields")
+    section[keys[-1]] = value
+    origins[keys] = "command line"
+
+
+_PHRASES = {
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
+    "literal_error": "must be one of {expected}",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+}
+
+
+def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...], str]) -> str:
+    fault = error.errors()[0]
+    keys = tuple(str(key) for key in fault["loc"])
+    for end in range(len(keys), 0, -1):
+        if keys[:end] in origins:
+            place = origins[keys[:end]]
+            break
+    name = ".".join(keys)
+    if fault["type"] == "extra_forbidden":
+        return f"{place}: {name} is not a field; {_siblings(keys)}"
+    if fault["type"] == "missing":
+        return f"{place}: {name} is missing"
+    phrase = _PHRASES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    return f"{place}: {name} {phrase.format(**fault.get('ctx', {}))}, got {fault['input']!r}"
+
+
+def _siblings(keys: tuple[str, ...]) -> str:
+    section: type[BaseModel] = Config
+    for key in keys[:-1]:
+        inner = section.model_fields[key].annotation
+        candidates = [c for c in (inner, *getattr(inner, "__args__", ())) if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not candidates:
+            break
+        section = candidates[0]
+    return f"known here: {', '.join(section.model_fields)}"

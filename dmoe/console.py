@@ -1,0 +1,41 @@
+"""What a run says while it works: a line a stage, a bar where somebody watches, TensorBoard scalars."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """One line for the user, above any bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def progress_bar(name: str, *, total: int, start: int = 0, unit: str = "step") -> "tqdm[None]":
+    """A bar with the time left; silent unless a person looks at the terminal."""
+    return tqdm(desc=name, total=total, initial=start, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+
+
+class Scalars:
+    """TensorBoard scalars of one stage. Steps from ``start`` on replace those that a cut-off visit wrote."""
+
+    def __init__(self, folder: Path, *, start: int = 0) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._writer.close()

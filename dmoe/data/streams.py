@@ -1,0 +1,67 @@
+"""What a step trains on, as a pure function of the step: any step can be asked for, in any order, by any process."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dmoe.data.base import DomainSplit
+from dmoe.randomness import Key, generator, seed_of
+
+Batch = TypeVar("Batch")
+
+
+class EpochOrder:
+    """Each epoch a fresh permutation of ``count`` things, cut into batches; a last, smaller batch is dropped."""
+
+    def __init__(self, count: int, batch_size: int, *key: Key) -> None:
+        self.batch_size = min(batch_size, count)
+        self.steps_per_epoch = count // self.batch_size
+        self._count, self._key = count, key
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Positions of the step's batch, ``[batch_size]``."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, torch.randperm(self._count, generator=generator(*self._key, "epoch", epoch))
+        return self._order[within * self.batch_size : (within + 1) * self.batch_size]
+
+
+class _StepBatches(Dataset[Batch]):
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self._make = make
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._make(step)
+
+
+def stream(make: Callable[[int], Batch], *, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
+    """The batches ``make(start) .. make(stop - 1)`` in order, made ahead by ``workers`` processes if there are any."""
+    loader: DataLoader[Batch] = DataLoader(
+        _StepBatches(make),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def supervised_batches(
+    split: DomainSplit, members: Tensor, *, batch_size: int, key: tuple[Key, ...]
+) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
+    """Freshly augmented images and labels of the given members of a split.
+
+    Returns:
+        The batch of a step (images ``[B, C, H, W]``, labels ``[B]``), and the number of steps in an epoch.
+    """
+    order = EpochOrder(len(members), batch_size, *key)
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
+        index = members[order[step]]
+        return split.images(index, draw=seed_of(*key, "draw", step)), split.labels[index]
+
+    return make, order.steps_per_epoch

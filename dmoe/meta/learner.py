@@ -1,0 +1,123 @@
+"""One meta-training update: exact gradients of a few episodes, two optimizer steps.
+
+Notation: S support and Q query images, N experts, D feature width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dmoe.meta.gradient import GradientMethod, Params, meta_gradient
+from dmoe.models.aggregator import Aggregator
+from dmoe.models.networks import Network
+from dmoe.optimizers import ScheduledAdam
+from dmoe.tasks import Task
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """The tensors of one episode.
+
+    Attributes:
+        support: images ``[S, C, H, W]``, unlabeled.
+        tokens: of the support images, masked: ``[S, N - 1, D]`` (or N).
+        query: images ``[Q, C, H, W]`` with labels ``[Q]``.
+    """
+
+    support: Tensor
+    tokens: Tensor
+    query: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "EpisodeBatch":
+        return EpisodeBatch(*(t.to(device, non_blocking=True) for t in (self.support, self.tokens, self.query, self.labels)))
+
+
+class ZeroTarget(nn.Module):
+    """A control in the aggregator's place: the target is zero, whatever the tokens ``[B, N, D]`` say."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.new_zeros(len(tokens), tokens.shape[-1])
+
+
+class MetaLearner:
+    """Student and aggregator, learning from episodes. Both stay in eval mode: batch-norm is affine, dropout is off."""
+
+    def __init__(
+        self,
+        *,
+        student: Network,
+        aggregator: Aggregator | ZeroTarget,
+        task: Task,
+        inner_lr: float,
+        inner_steps: int = 1,
+        method: GradientMethod = "forward_over_reverse",
+    ) -> None:
+        self.student, self.aggregator = student.eval(), aggregator.eval()
+        self._task, self._inner_lr, self._inner_steps, self._method = task, inner_lr, inner_steps, method
+        self._theta = dict(student.features.named_parameters())
+        self._w = dict(student.head.named_parameters())
+        self._buffers = dict(student.features.named_buffers())
+        self._phi = [p for name, p in aggregator.named_parameters() if not name.startswith("head.")]
+
+    @property
+    def student_parameters(self) -> list[nn.Parameter]:
+        return [*self._theta.values(), *self._w.values()]
+
+    @property
+    def aggregator_parameters(self) -> list[nn.Parameter]:
+        """phi; the aggregator's head has no part in the target."""
+        return self._phi
+
+    def add_gradients(self, episodes: Sequence[EpisodeBatch]) -> dict[str, float]:
+        """Add the mean outer gradient of the episodes to ``.grad`` of theta, w and phi; returns scalars."""
+        totals = {"query_loss": 0.0, "inner_loss": 0.0, "query_accuracy": 0.0}
+        for episode in episodes:
+            target = self.aggregator(episode.tokens)
+            found = meta_gradient(
+                features=self._features,
+                head=self._head,
+                loss=self._task.loss,
+                theta=self._theta,
+                w=self._w,
+                target=target,
+                support=episode.support,
+                query=episode.query,
+                labels=episode.labels,
+                inner_lr=self._inner_lr,
+                inner_steps=self._inner_steps,
+                method=self._method,
+            )
+            by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()
+            for parameter, gradient in zip(
+                [*self._theta.values(), *self._w.values(), *self._phi],
+                [*found.theta.values(), *found.w.values(), *by_phi],
+                strict=True,
+            ):
+                share = gradient / len(episodes)
+                parameter.grad = share if parameter.grad is None else parameter.grad + share
+            totals["query_loss"] += found.loss.item() / len(episodes)
+            totals["inner_loss"] += found.inner_loss.item() / len(episodes)
+            if self._task.kind != "regression":
+                right = self._task.predictions(found.logits) == episode.labels
+                totals["query_accuracy"] += right.float().mean().item() / len(episodes)
+        return totals
+
+    def update(self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None) -> dict[str, float]:
+        """One step of both optimizers on the mean gradient of the episodes; returns scalars."""
+        values = self.add_gradients(episodes)
+        values["student_gradient_norm"] = student_adam.step(step)
+        if aggregator_adam is not None:
+            values["aggregator_gradient_norm"] = aggregator_adam.step(step)
+        return values
+
+    def _features(self, theta: Params, images: Tensor) -> Tensor:
+        features: Tensor = functional_call(self.student.features, (dict(theta), self._buffers), (images,))
+        return features
+
+    def _head(self, w: Params, features: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self.student.head, dict(w), (features,))
+        return logits

@@ -1,0 +1,123 @@
+"""A finished run as a model to use: ``dmoe.load(folder).adapt(images)``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from dmoe.adaptation import Adapter
+from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix, write_json
+from dmoe.config import AggregatorConfig, BackboneConfig, Config
+from dmoe.data.base import DomainDataset
+from dmoe.data.transforms import ImageTransform
+from dmoe.errors import UserError
+from dmoe.meta.learner import ZeroTarget
+from dmoe.models.aggregator import Aggregator
+from dmoe.models.networks import Network, build_network
+from dmoe.run_folder import RunFolder
+from dmoe.tasks import Task
+
+DESCRIPTION = "model.json"
+AnyAdapter = TypeVar("AnyAdapter", bound=Adapter)
+
+
+class Model(Adapter):
+    """An :class:`Adapter` that knows what its images and classes are.
+
+    Attributes:
+        transform: picture to tensor ``[C, H, W]``.
+        class_names: one a class.
+        config: of the run it was trained by.
+    """
+
+    transform: ImageTransform
+    class_names: Sequence[str]
+    config: Config
+
+
+def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """The model of a finished run.
+
+    Raises:
+        UserError: not a run folder, the run is not finished, or a weights file is missing, damaged or of another network.
+    """
+    run = RunFolder(Path(folder))
+    return load_as(run, run.config(), device=device)
+
+
+def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Model:
+    """:func:`load`, evaluating by ``config``, which differs from the run's own in how it is tested at most."""
+    if not (run.path / DESCRIPTION).is_file():
+        raise UserError(f"{run.path}: the run is not finished (no {DESCRIPTION}): python run.py --dataset {config.dataset} --run_dir {run.path}")
+    facts = read_json(run.path / DESCRIPTION)
+    try:
+        transform = ImageTransform.from_facts(facts["transform"])
+        task, class_names = Task(**facts["task"]), [str(name) for name in facts["class_names"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path / DESCRIPTION}: damaged ({error}): run.py writes it anew") from None
+
+    def network(backbone: BackboneConfig, weights: Path, prefix: str) -> Network:
+        built = build_network(
+            backbone.name, image_shape=transform.image_shape, num_outputs=task.num_outputs, last_relu=backbone.last_relu
+        )
+        load_into(built, under_prefix(prefix, load_tensors(weights)[0]), where=str(weights))
+        return built
+
+    meta = run.path / "meta" / "weights.safetensors"
+    student = network(config.student_backbone, meta, "student")
+    experts = [
+        network(config.experts.backbone, run.path / "experts" / f"expert_{i:02d}" / "weights.safetensors", "model")
+        for i in range(config.experts.count)
+    ]
+    aggregator: nn.Module = ZeroTarget()
+    if config.meta.target == "aggregator":
+        aggregator = build_aggregator(config.aggregator, width=student.width, num_outputs=task.num_outputs)
+    load_into(aggregator, under_prefix("aggregator", load_tensors(meta)[0]), where=str(meta))
+    for module in (student, aggregator, *experts):
+        module.to(device)
+    model = build_adapter(config, task, experts=experts, aggregator=aggregator, student=student, kind=Model)
+    model.transform, model.class_names, model.config = transform, class_names, config
+    return model
+
+
+def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) -> Aggregator:
+    """A fresh aggregator.
+
+    Raises:
+        UserError: the heads do not divide the width.
+    """
+    if width % config.heads:
+        raise UserError(f"aggregator.heads: {config.heads} heads do not divide the feature width {width}")
+    return Aggregator(
+        width=width,
+        num_outputs=num_outputs,
+        depth=config.depth,
+        heads=config.heads,
+        dropout=config.dropout,
+        output_map=config.output_map,
+    )
+
+
+def build_adapter(
+    config: Config, task: Task, *, experts: Sequence[Network], aggregator: nn.Module, student: Network, kind: type[AnyAdapter]
+) -> AnyAdapter:
+    """The product, from its parts, by the run's inner step and the evaluation's batch-norm statistics."""
+    return kind(
+        features=student.features,
+        head=student.head,
+        experts=[expert.features for expert in experts],
+        aggregator=aggregator,
+        inner_lr=config.meta.inner_lr,
+        inner_steps=config.meta.inner_steps,
+        expert_batch_norm=config.evaluation.expert_batch_norm,
+        task=task,
+    )
+
+
+def describe(run: RunFolder, dataset: DomainDataset) -> None:
+    """Write beside the weights what :func:`load` cannot know from the configuration."""
+    task = {"kind": dataset.task.kind, "num_outputs": dataset.task.num_outputs, "selection_metric": dataset.task.selection_metric}
+    facts = {"task": task, "transform": dataset.transform.to_facts(), "class_names": list(dataset.class_names)}
+    write_json(run.path / DESCRIPTION, facts)

@@ -1,0 +1,84 @@
+"""The transformer that turns the tokens of one image into the feature its student should have.
+
+Notation: B images, N experts, D feature width, K classes; tokens ``[B, N, D]``, targets ``[B, D]``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention over the experts, then a perceptron twice as wide: ``[B, N, D] -> [B, N, D]``."""
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.perceptron_norm = nn.LayerNorm(width)
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width), nn.Dropout(dropout)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.attention_norm(tokens)
+        # With weights asked for, attention is plain matrix products: the fused kernels cannot be differentiated twice.
+        tokens = tokens + self.attention(x, x, x, need_weights=True)[0]
+        mixed: Tensor = tokens + self.perceptron(self.perceptron_norm(tokens))
+        return mixed
+
+
+class Aggregator(nn.Module):
+    """Tokens to target feature. There is no positional embedding: the experts are a set.
+
+    Source: Zhong et al. 2022, section 3.2; depth, heads and widths as in the public code.
+
+    Attributes:
+        head: used in pretraining only, to learn from labels.
+        output_map: an affine map behind the pooling, or None. It is our addition: fitted onto the features of the pretrained
+            student, it makes the first inner steps harmless (see :meth:`fit_output_map`).
+    """
+
+    def __init__(self, *, width: int, num_outputs: int, depth: int, heads: int, dropout: float, output_map: bool = False) -> None:
+        """
+        Args:
+            width: D; divisible by ``heads``.
+            num_outputs: K.
+        """
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width=width, heads=heads, dropout=dropout) for _ in range(depth))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_outputs))
+        self.output_map = nn.Linear(width, width) if output_map else None
+        if self.output_map is not None:
+            nn.init.eye_(self.output_map.weight)
+            nn.init.zeros_(self.output_map.bias)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """The mean of the transformed tokens, ``[B, D]``. Any number of tokens will do."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens.mean(dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The target feature ``[B, D]``."""
+        pooled = self.pooled(tokens)
+        return pooled if self.output_map is None else self.output_map(pooled)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, K]``, for pretraining."""
+        logits: Tensor = self.head(self.pooled(tokens))
+        return logits
+
+    @torch.no_grad()
+    def fit_output_map(self, pooled: Tensor, features: Tensor) -> None:
+        """Set the output map to the least-squares fit of ``features`` ``[n, D]`` by ``pooled`` ``[n, D]``, in float64.
+
+        Raises:
+            ValueError: the aggregator was built without an output map.
+        """
+        if self.output_map is None:
+            raise ValueError("this aggregator has no output map to fit")
+        ones = torch.ones(len(pooled), 1, dtype=torch.float64)
+        x = torch.cat([pooled.double().cpu(), ones], dim=1)
+        solution = torch.linalg.lstsq(x, features.double().cpu(), driver="gelsd").solution
+        self.output_map.weight.copy_(solution[:-1].T)
+        self.output_map.bias.copy_(solution[-1])

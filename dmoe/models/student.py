@@ -1,0 +1,52 @@
+"""The network that is shipped: features and head, ready to predict."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dmoe.meta.gradient import adapted_parameters
+from dmoe.models.copying import private_copy
+from dmoe.tasks import Task
+
+
+class Student:
+    """A classifier that does not change: adapting it makes another one.
+
+    Attributes:
+        features: ``[B, C, H, W] -> [B, D]``, in eval mode.
+        head: ``[B, D] -> [B, K]``, in eval mode.
+    """
+
+    def __init__(self, *, features: nn.Module, head: nn.Module, task: Task) -> None:
+        """The modules are wrapped, not copied and not changed; in-place changes of their tensors show here."""
+        self.features, self.head, self.task = private_copy(features), private_copy(head), task
+
+    def adapted(self, images: Tensor, target: Tensor, *, inner_lr: float, inner_steps: int = 1) -> "Student":
+        """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``."""
+        features = private_copy(self.features)  # functional_call swaps tensors inside the module while it runs
+        buffers = dict(features.named_buffers())
+        parameters = adapted_parameters(
+            lambda theta, x: functional_call(features, (dict(theta), buffers), (x,)),
+            dict(features.named_parameters()),
+            images,
+            target,
+            inner_lr=inner_lr,
+            inner_steps=inner_steps,
+        )
+        return Student(features=private_copy(features, parameters), head=self.head, task=self.task)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits ``[B, K]``."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Probabilities ``[B, K]`` (binary task: ``[B, 2]``; regression: the values ``[B, 1]``)."""
+        return self.task.probabilities(self.logits(images))
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Feature parameters by name."""
+        return dict(self.features.named_parameters())

@@ -1,0 +1,47 @@
+"""Adam with the schedules of the published recipes; a learning rate is a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dmoe.config import OptimizerConfig
+
+
+class ScheduledAdam:
+    """Adam whose learning rate and gradient norm follow an :class:`OptimizerConfig`."""
+
+    def __init__(self, parameters: Iterable[Tensor], config: OptimizerConfig, *, steps: int, steps_per_epoch: int) -> None:
+        """
+        Args:
+            steps: of the whole training; the cosine ends there.
+        """
+        self.parameters = list(parameters)
+        self._config, self._steps, self._steps_per_epoch = config, steps, steps_per_epoch
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the moments."""
+        self.adam = torch.optim.Adam(self.parameters, lr=self._config.lr, weight_decay=self._config.l2)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        config = self._config
+        warmup = config.warmup.steps(self._steps_per_epoch)
+        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        if config.schedule == "exponential":
+            rise *= config.decay_per_epoch ** (step // self._steps_per_epoch)
+        elif config.schedule == "cosine":
+            rise *= 0.5 * (1 + math.cos(math.pi * step / self._steps))
+        return config.lr * rise
+
+    def step(self, step: int) -> float:
+        """Apply the gradients that the parameters hold, clear them, and return their norm before clipping."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate(step)
+        limit = self._config.max_gradient_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf))
+        self.adam.step()
+        self.adam.zero_grad()
+        return norm

@@ -1,0 +1,335 @@
+"""The stages after the experts: each takes what the earlier ones left in the run folder and leaves its own there.
+
+A stage that finds its finished result, made from the same inputs, says so and takes it; one that was cut off goes on.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.adaptation import Adapter
+from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix
+from dmoe.baselines.batch_statistics import BatchStatistics
+from dmoe.baselines.unadapted import Unadapted
+from dmoe.config import BackboneConfig, Config, TrainingConfig
+from dmoe.console import say
+from dmoe.data.base import DomainDataset, DomainSplit
+from dmoe.data.streams import EpochOrder, supervised_batches
+from dmoe.errors import UserError
+from dmoe.evaluation import Evaluation, Method, evaluate, table
+from dmoe.loop import Progress, tidy
+from dmoe.meta.learner import MetaLearner, ZeroTarget
+from dmoe.meta.training import meta_train
+from dmoe.model import build_adapter, build_aggregator, describe, load_as
+from dmoe.models.aggregator import Aggregator
+from dmoe.models.expert_pool import ExpertPool, without_own_expert
+from dmoe.models.networks import Network, build_network
+from dmoe.models.student import Student
+from dmoe.randomness import Key, generator, seed_of
+from dmoe.run_folder import RunFolder, Stage, versions
+from dmoe.supervised import train_supervised
+from dmoe.tokens import TokenStore, build_store
+
+OUTPUT_MAP_IMAGES = 8000
+"""Source images that the aggregator's output map is fitted on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs to know.
+
+    Attributes:
+        groups: which expert each source domain belongs to, by ``DomainSplit.group_domains``.
+    """
+
+    config: Config
+    folder: RunFolder
+    dataset: DomainDataset
+    groups: Mapping[int, int]
+    device: torch.device
+
+    @property
+    def source(self) -> DomainSplit:
+        return self.dataset.splits["source"]
+
+    @property
+    def validation(self) -> DomainSplit:
+        return self.dataset.splits["validation"]
+
+    @cached_property
+    def own_expert(self) -> Tensor:
+        """The expert whose group holds each source image's domain, ``[n]``."""
+        return torch.tensor([self.groups[domain] for domain in self.source.group_domains.tolist()])
+
+    def facts(self, *sections: str, **more: Any) -> dict[str, Any]:
+        """Inputs of a stage: the seed, the data, the named configuration sections, and digests of earlier results."""
+        config = self.config.model_dump(mode="json")
+        chosen = {section: config[section] for section in sections}
+        chosen.get("experts", {}).pop("threads", None)
+        return {"seed": self.config.seed, "data": self.dataset.fingerprint, **chosen, **more}
+
+    def network(self, backbone: BackboneConfig, *key: Key, for_weights_of: Stage) -> Network:
+        """A network of this data set's shape, initialised as a function of the seed and ``key``.
+
+        Pretrained weights are left out where the stage ``for_weights_of`` already has its own.
+        """
+        torch.manual_seed(seed_of(self.config.seed, "initial weights", *key))
+        return build_network(
+            backbone.name,
+            image_shape=self.dataset.image_shape,
+            num_outputs=self.dataset.task.num_outputs,
+            weights="none" if for_weights_of.manifest.exists() else backbone.weights,
+            last_relu=backbone.last_relu,
+        ).to(self.device)
+
+    def expert_stage(self, number: int) -> Stage:
+        return self.folder.expert(number, self.facts("experts", expert=number))
+
+    def evaluate(self, method: Method, split: str, **protocol: Any) -> Evaluation:
+        """A method on a split by the run's protocol, or parts of another."""
+        settings = self.config.evaluation
+        chosen = {
+            "support_size": self.config.support_size,
+            "batch_size": settings.batch_size,
+            "score_support": settings.score_support,
+            **protocol,
+        }
+        return evaluate(method, self.dataset.splits[split], task=self.dataset.task, device=self.device, **chosen)
+
+    def train_network(self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Any = None) -> Progress:
+        """Train a network on the given source images, keeping the weights that are best on the validation domains."""
+        key: tuple[Key, ...] = (self.config.seed, stage.name)
+        batch, steps_per_epoch = supervised_batches(self.source, members, batch_size=training.batch_size, key=key)
+        return train_supervised(
+            stage=stage,
+            module=network,
+            logits=network,
+            batch=batch,
+            steps_per_epoch=steps_per_epoch,
+            task=self.dataset.task,
+            training=training,
+            evaluate=lambda: self.score(network),
+            checkpoint_every=self.config.checkpoint_every,
+            seed=seed_of(*key),
+            device=self.device,
+            workers=self.config.data.workers,
+            **({"report": report} if report else {}),
+        )
+
+    def score(self, network: Network) -> float:
+        """The selection metric of a network, as it is, on all validation images."""
+        split, task = self.validation, self.dataset.task
+        with torch.no_grad():
+            logits = [network(split.images(i).to(self.device)).cpu() for i in torch.arange(len(split)).split(self.config.evaluation.batch_size)]
+        return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
+
+
+def load_experts(run: Run) -> list[Network]:
+    """All trained experts of the run.
+
+    Raises:
+        UserError: one is missing or was made from other inputs.
+    """
+    experts = []
+    for number in range(run.config.experts.count):
+        stage = run.expert_stage(number)
+        if stage.finished() is None:
+            raise UserError(
+                f"{stage.folder}: expert {number} is not trained: "
+                f"python train_single_expert.py --dataset {run.config.dataset} --run_dir {run.folder.path} --expert_idx {number}"
+            )
+        expert = run.network(run.config.experts.backbone, "expert", number, for_weights_of=stage)
+        load_into(expert, under_prefix("model", load_tensors(stage.weights)[0]), where=str(stage.weights))
+        experts.append(expert.eval())
+    return experts
+
+
+def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
+    """Stage 2: the tokens of all source and validation images."""
+    digests = [read_json(run.expert_stage(i).manifest)["files"] for i in range(len(experts))]
+    pool = ExpertPool(expert.features for expert in experts).to(run.device)
+    stores = {}
+    for name in ("source", "validation"):
+        stage = run.folder.stage(f"tokens/{name}", run.facts("tokens", experts=digests, split=name, dtype="float32"))
+        began = time.perf_counter()
+        ready = stage.manifest.exists()
+        stores[name] = build_store(
+            stage,
+            split=run.dataset.splits[name],
+            pool=pool,
+            width=experts[0].width,
+            batch_size=run.config.tokens.batch_size,
+            device=run.device,
+        )
+        seconds = time.perf_counter() - began
+        say(f"tokens of {len(stores[name]):,} {name} images: {'ready' if ready and seconds < 1 else f'{seconds:.0f} s'} ({stage.folder})")
+    return stores
+
+
+def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, *, only_load: bool = False) -> Aggregator:
+    """Stage 3: the aggregator learns to classify from stored tokens; no image is opened and no expert runs."""
+    config, task = run.config.aggregator, run.dataset.task
+    torch.manual_seed(seed_of(run.config.seed, "initial weights", "aggregator"))
+    aggregator = build_aggregator(config, width=width, num_outputs=task.num_outputs).to(run.device)
+    made_from = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
+    stage = run.folder.stage("aggregator", run.facts("aggregator", tokens=made_from))
+    order = EpochOrder(len(run.source), config.training.batch_size, run.config.seed, "aggregator")
+    labels = run.source.labels
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        index = order[step]
+        return tokens["source"][index], labels[index]
+
+    def score() -> float:
+        split = run.validation
+        with torch.no_grad():
+            logits = [aggregator.logits(tokens["validation"][i].to(run.device)).cpu() for i in torch.arange(len(split)).split(4096)]
+        return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
+
+    def train() -> Progress:
+        return train_supervised(
+            stage=stage,
+            module=aggregator,
+            logits=aggregator.logits,
+            batch=batch,
+            steps_per_epoch=order.steps_per_epoch,
+            task=task,
+            training=config.training,
+            evaluate=score,
+            checkpoint_every=run.config.checkpoint_every,
+            seed=seed_of(run.config.seed, "aggregator"),
+            device=run.device,
+        )
+
+    _finished_or(train, stage, {"model": aggregator}, only_load=only_load)
+    return aggregator
+
+
+def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
+    """Stage 4: plain supervised training on all source domains together."""
+    stage = run.folder.stage("student", run.facts("student", backbone=run.config.student_backbone.model_dump()))
+    student = run.network(run.config.student_backbone, "student", for_weights_of=stage)
+
+    def train() -> Progress:
+        return run.train_network(stage, student, torch.arange(len(run.source)), run.config.student.training)
+
+    _finished_or(train, stage, {"model": student}, only_load=only_load)
+    return student
+
+
+def meta_train_student(
+    run: Run, tokens: Mapping[str, TokenStore], experts: Sequence[Network], aggregator: Aggregator, student: Network
+) -> None:
+    """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens."""
+    config, task = run.config.meta, run.dataset.task
+    made_from = {name: read_json(run.folder.path / name / "manifest.json")["files"] for name in ("aggregator", "student")}
+    stage = run.folder.stage("meta", run.facts("experts", "meta", "aggregator", made_from=made_from))
+    teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
+    adapter = build_adapter(run.config, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)
+
+    def train() -> Progress:
+        if isinstance(teacher, Aggregator) and teacher.output_map is not None:
+            _fit_output_map(run, tokens["source"], teacher, student)
+        learner = MetaLearner(
+            student=student,
+            aggregator=teacher,
+            task=task,
+            inner_lr=config.inner_lr,
+            inner_steps=config.inner_steps,
+            method=config.gradient,
+        )
+        return meta_train(
+            stage=stage,
+            learner=learner,
+            split=run.source,
+            tokens=tokens["source"],
+            own_expert=run.own_expert,
+            config=config,
+            # The adapter shares the tensors that are being trained.
+            evaluate=lambda: run.evaluate(adapter, "validation", support_size=config.support_size, score_support=True).score,
+            checkpoint_every=run.config.checkpoint_every,
+            seed=seed_of(run.config.seed, "meta"),
+            device=run.device,
+            workers=run.config.data.workers,
+        )
+
+    _finished_or(train, stage, {"student": student, "aggregator": teacher})
+    describe(run.folder, run.dataset)
+
+
+def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
+    """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
+    if stage.finished() is not None:
+        tensors = load_tensors(stage.weights)[0]
+        for name, module in modules.items():
+            load_into(module, under_prefix(name, tensors), where=str(stage.weights))
+            module.eval()
+        say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
+        return
+    if only_load:
+        raise UserError(f"{stage.folder}: no finished {stage.name} here: run without the flag that asks to load it")
+    progress = train()
+    stage.finish(files=[stage.weights], figures=progress.figures())
+    tidy(stage)
+    say(f"{stage.name}: {progress.summary()} ({stage.folder})")
+
+
+def _fit_output_map(run: Run, tokens: TokenStore, aggregator: Aggregator, student: Network) -> None:
+    """Start the aggregator's output map from the best affine map of its targets onto the pretrained student's features."""
+    chosen = torch.randperm(len(run.source), generator=generator(run.config.seed, "output map"))[:OUTPUT_MAP_IMAGES]
+    pooled, features = [], []
+    with torch.no_grad():
+        for index in chosen.split(run.config.tokens.batch_size):
+            masked = without_own_expert(tokens[index], run.own_expert[index], mask=run.config.meta.mask)
+            pooled.append(aggregator.pooled(masked.to(run.device)))
+            features.append(student.features(run.source.images(index).to(run.device)))
+    aggregator.fit_output_map(torch.cat(pooled), torch.cat(features))
+
+
+def test(run: Run, split: str = "target") -> None:
+    """Evaluate the finished run on a split's domains: table to the console, rows to ``results.jsonl``."""
+    began = time.perf_counter()
+    adapter = load_as(run.folder, run.config, device=run.device)
+    erm = pretrain_student(run, only_load=True)
+    plain = Student(features=erm.features, head=erm.head, task=run.dataset.task)
+    methods: dict[str, Method] = {
+        "ERM student": Unadapted(plain),
+        "batch statistics": BatchStatistics(plain),
+        "before adapting": Unadapted(adapter.student),
+        "adapted": adapter,
+    }
+    evaluations = {name: run.evaluate(method, split) for name, method in methods.items()}
+    for name, evaluation in evaluations.items():
+        run.folder.append_result(result_row(run, name, split, evaluation))
+    metric, support = run.dataset.task.selection_metric, run.config.support_size
+    scored = "included in" if run.config.evaluation.score_support else "left out of"
+    say(f"\n{split} domains: {metric} in percent; adapted to {support} unlabeled images of each, {scored} the score\n")
+    say(table(list(evaluations), list(evaluations.values()), run.dataset.splits[split].domain_names))
+    say(f"\ntested in {time.perf_counter() - began:.0f} s; run folder: {run.folder.path}")
+
+
+def result_row(run: Run, method: str, split: str, evaluation: Evaluation, **more: Any) -> dict[str, Any]:
+    """A line of ``results.jsonl``."""
+    return {
+        "method": method,
+        "dataset": run.dataset.name,
+        "split": split,
+        "seed": run.config.seed,
+        "metric": run.dataset.task.selection_metric,
+        "mean": evaluation.mean,
+        "worst": evaluation.worst,
+        "overall": dict(evaluation.overall),
+        "domains": {run.dataset.splits[split].domain_names[d]: dict(metrics) for d, metrics in evaluation.domains.items()},
+        "support_size": run.config.support_size,
+        "score_support": run.config.evaluation.score_support,
+        **more,
+        "weights": read_json(run.folder.path / "meta" / "manifest.json")["files"],
+        "config": run.config.model_dump(mode="json"),
+        "data": run.dataset.fingerprint,
+        "versions": versions(),
+    }

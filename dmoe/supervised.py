@@ -1,0 +1,78 @@
+"""The one supervised training: experts, the aggregator's pretraining and the student's are three calls of it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config import TrainingConfig
+from dmoe.data.streams import stream
+from dmoe.loop import Progress, Trainee, run
+from dmoe.optimizers import ScheduledAdam
+from dmoe.randomness import seed_of
+from dmoe.run_folder import Stage
+from dmoe.tasks import Task
+
+
+def train_supervised(
+    *,
+    stage: Stage,
+    module: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    steps_per_epoch: int,
+    task: Task,
+    training: TrainingConfig,
+    evaluate: Callable[[], float] | None,
+    checkpoint_every: int,
+    seed: int,
+    device: torch.device,
+    workers: int = 0,
+    report: Callable[[int, int, Mapping[str, float]], None] = lambda step, steps, values: None,
+) -> Progress:
+    """Train ``module`` on labeled batches by the task loss; it ends with its best weights, in eval mode.
+
+    Args:
+        logits: the forward pass, inputs ``[B, ...] -> [B, K]``; runs with ``module`` in training mode.
+        batch: inputs and labels of a step, a pure function of its number.
+        evaluate: a score, higher is better; called with ``module`` in eval mode.
+        seed: of dropout.
+    """
+    steps = training.duration.steps(steps_per_epoch)
+    # The aggregator's output map has no part in its pretraining: Adam leaves alone what has no gradient.
+    adam = ScheduledAdam(module.parameters(), training.optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
+    batches = iter(())  # replaced at the start, when the loop knows where it goes on
+
+    def start(first: int) -> None:
+        nonlocal batches
+        batches = stream(batch, start=first, stop=steps, workers=workers)
+        module.train()
+
+    def step(number: int) -> dict[str, float]:
+        inputs, labels = next(batches)
+        torch.manual_seed(seed_of(seed, "dropout", number))
+        loss = task.loss(logits(inputs.to(device)), labels.to(device))
+        loss.backward()
+        norm = adam.step(number)
+        return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": adam.learning_rate(number)}
+
+    def score() -> float:
+        assert evaluate is not None
+        module.eval()
+        value = evaluate()
+        module.train()
+        return value
+
+    progress = run(
+        stage=stage,
+        trainee=Trainee(modules={"model": module}, optimizers={"adam": adam}),
+        step=step,
+        steps=steps,
+        start=start,
+        evaluate=None if evaluate is None else score,
+        evaluate_every=training.evaluate_every.steps(steps_per_epoch),
+        checkpoint_every=checkpoint_every,
+        report=report,
+    )
+    module.eval()
+    return progress

@@ -1,0 +1,70 @@
+"""What is learned: the loss, the prediction and the metrics of a task.
+
+Notation: B images, K outputs of the network (K classes; 1 for a binary task or a regression).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TaskKind = Literal["multiclass", "binary", "regression"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the three tasks of METHOD: cross-entropy, BCE on one logit, or mean squared error.
+
+    Attributes:
+        kind: which of the three.
+        num_outputs: K, the width of the head.
+        selection_metric: the key of :meth:`metrics` by which checkpoints are chosen; higher is better.
+    """
+
+    kind: TaskKind
+    num_outputs: int
+    selection_metric: str = "accuracy"
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean task loss of logits ``[B, K]`` against labels ``[B]``."""
+        if self.kind == "multiclass":
+            return F.cross_entropy(logits, labels)
+        values = labels.to(logits.dtype)
+        if self.kind == "binary":
+            return F.binary_cross_entropy_with_logits(logits.squeeze(1), values)
+        return F.mse_loss(logits.squeeze(1), values)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Predictions ``[B]``: the class (binary: 1 where the logit is above 0), or the value for a regression."""
+        if self.kind == "multiclass":
+            return logits.argmax(dim=1)
+        if self.kind == "binary":
+            return (logits.squeeze(1) > 0).long()
+        return logits.squeeze(1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities ``[B, K]`` (binary: ``[B, 2]``); the values ``[B, 1]`` themselves for a regression."""
+        if self.kind == "multiclass":
+            return logits.softmax(dim=1)
+        if self.kind == "binary":
+            positive = logits.sigmoid()
+            return torch.cat([1 - positive, positive], dim=1)
+        return logits
+
+    def metrics(self, predictions: Tensor, labels: Tensor) -> Mapping[str, float]:
+        """Metrics over all given images, in [0, 1] for classes.
+
+        Macro F1 is over the classes that occur in ``labels``, as WILDS computes it for iwildcam.
+        """
+        from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
+
+        y, p = labels.numpy(), predictions.numpy()
+        if self.kind == "regression":
+            return {"negative_mse": -float(mean_squared_error(y, p))}
+        return {
+            "accuracy": float(accuracy_score(y, p)),
+            "macro_f1": float(f1_score(y, p, labels=labels.unique().numpy(), average="macro", zero_division=0)),
+        }

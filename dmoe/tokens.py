@@ -1,0 +1,83 @@
+"""The token store: what the N frozen experts say of every image of a split, computed once.
+
+A memory-mapped array ``[images, N, D]`` of float32, keyed by what it was made from. Reading it gives, to the bit, what the
+experts would give for the stored view of the same images in the same batches.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor
+
+from dmoe.artifacts import read_json, write_json
+from dmoe.console import progress_bar
+from dmoe.data.base import DomainSplit
+from dmoe.errors import UserError
+from dmoe.models.expert_pool import ExpertPool
+from dmoe.run_folder import Stage
+
+
+class TokenStore:
+    """Tokens of one split, by image number."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Tokens ``[B, N, D]`` of the images numbered ``index`` ``[B]``."""
+        return torch.from_numpy(self._array[index.numpy()])
+
+
+def build_store(stage: Stage, *, split: DomainSplit, pool: ExpertPool, width: int, batch_size: int, device: torch.device) -> TokenStore:
+    """Open the stage's tokens; compute them first, or those still missing, where they were not made from the same inputs.
+
+    Batches are consecutive images, ``batch_size`` at a time.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path, partial = stage.folder / "tokens.npy", stage.folder / "partial.json"
+    shape = (len(split), len(pool), width)
+    if _made_from_same(stage.manifest, stage.key) and path.is_file():
+        return TokenStore(_open(path, shape))
+
+    stage.manifest.unlink(missing_ok=True)
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    first = 0
+    if _made_from_same(partial, stage.key) and path.is_file():
+        first = int(read_json(partial)["images"])
+    try:
+        array = _open(path, shape, mode="r+") if first else open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        with progress_bar(stage.name, total=len(split), start=first, unit="image") as bar:
+            for index in torch.arange(first, len(split)).split(batch_size):
+                tokens = pool(split.images(index).to(device)).cpu()
+                array[index[0] : index[-1] + 1] = tokens.numpy()
+                bar.update(len(index))
+                if bar.n % (20 * batch_size) < batch_size:
+                    array.flush()
+                    write_json(partial, {"key": stage.key, "images": int(index[-1]) + 1})
+        array.flush()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); it needs {4 * np.prod(shape) / 2**20:.0f} MiB") from error
+    write_json(stage.manifest, {"key": stage.key, "inputs": dict(stage.inputs)})
+    partial.unlink(missing_ok=True)
+    return TokenStore(_open(path, shape))
+
+
+def _made_from_same(path: Path, key: str) -> bool:
+    return path.is_file() and read_json(path).get("key") == key
+
+
+def _open(path: Path, shape: tuple[int, int, int], mode: str = "r") -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): delete {path.parent} to make it again") from None
+    if array.shape != shape or array.dtype != np.float32:
+        raise UserError(f"{path}: holds {array.shape} {array.dtype}, expected {shape} float32: delete {path.parent} to make it again")
+    return array

@@ -1,0 +1,121 @@
+"""All experts of a run, side by side: a process each, one per GPU or as many as the cores can feed."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from dmoe.console import progress_bar, say
+from dmoe.errors import UserError
+from dmoe.stages import Run
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_single_expert.py"
+LOG_LINES_SHOWN = 5
+
+
+@dataclass
+class _Training:
+    """One expert's process and what it says."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    log: IO[bytes]
+    began: float = field(default_factory=time.perf_counter)
+
+    def steps_done(self) -> int:
+        found = re.findall(r"^step (\d+)/", self.log_path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        return int(found[-1]) if found else 0
+
+
+def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
+    """Train every expert that is not finished yet.
+
+    Args:
+        gpu: the one GPU to use; None: every visible one.
+
+    Raises:
+        UserError: a training failed; the others were finished first, and the line shows the end of its log.
+    """
+    config = run.config.experts
+    waiting = [number for number in range(config.count) if run.expert_stage(number).finished() is None]
+    if not waiting:
+        say(f"experts: all {config.count} already finished from the same inputs ({run.folder.path / 'experts'})")
+        return
+    places = _places(config.threads, gpu)
+    say(f"experts: {len(waiting)} of {config.count} to train, {min(len(places), len(waiting))} at a time")
+    steps = _steps_of(run)
+    total, finished_steps, failed = sum(steps[number] for number in waiting), 0, []
+    running: dict[str, _Training] = {}
+    began = time.perf_counter()
+    try:
+        with progress_bar("experts", total=total) as bar:
+            while waiting or running:
+                for place in places:
+                    if place not in running and waiting:
+                        running[place] = _start(run, waiting.pop(0), place)
+                time.sleep(0.05)
+                for place, training in list(running.items()):
+                    if training.process.poll() is None:
+                        continue
+                    training.log.close()
+                    del running[place]
+                    finished_steps += steps[training.number]
+                    if training.process.returncode != 0:
+                        failed.append(training)
+                    else:
+                        say(_last_lines(training.log_path, 1))
+                bar.n = finished_steps + sum(training.steps_done() for training in running.values())
+                bar.refresh()
+    finally:
+        for training in running.values():
+            training.process.terminate()
+        for training in running.values():
+            training.process.wait()
+            training.log.close()
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"expert {first.number} failed with status {first.process.returncode}"
+            + (f", and {len(failed) - 1} more" if len(failed) > 1 else "")
+            + f"; the finished ones are kept. The end of {first.log_path}: {_last_lines(first.log_path, LOG_LINES_SHOWN)}"
+        )
+    say(f"experts: {time.perf_counter() - began:.0f} s in all")
+
+
+def _places(threads: int, gpu: int | None) -> list[str]:
+    """Where a training can run: GPU numbers, or names of CPU shares."""
+    if gpu is not None and gpu >= 0:
+        return [str(gpu)]
+    if torch.cuda.is_available() and gpu is None:
+        return [str(number) for number in range(torch.cuda.device_count())]
+    return [f"cpu{share}" for share in range(max(1, len(os.sched_getaffinity(0)) // threads))]
+
+
+def _steps_of(run: Run) -> list[int]:
+    training = run.config.experts.training
+    sizes = torch.bincount(run.own_expert, minlength=run.config.experts.count).tolist()
+    return [training.duration.steps(max(1, size // training.batch_size)) for size in sizes]
+
+
+def _start(run: Run, number: int, place: str) -> _Training:
+    log_path = run.expert_stage(number).folder / "log.txt"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    gpu = "-1" if place.startswith("cpu") else place
+    command = [sys.executable, str(SCRIPT), "--run_dir", str(run.folder.path), "--expert_idx", str(number), "--gpu", gpu]
+    if run.config.data.dir is not None:
+        command += ["--data_dir", str(run.config.data.dir)]
+    log = open(log_path, "ab")  # noqa: SIM115 - closed when the process ends
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    return _Training(number, process, log_path, log)
+
+
+def _last_lines(path: Path, count: int) -> str:
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-count:])

@@ -1,0 +1,36 @@
+"""One expert, trained on the images of its own group of source domains."""
+
+from collections.abc import Mapping
+
+import torch
+
+from dmoe.errors import UserError
+from dmoe.loop import tidy
+from dmoe.stages import Run
+
+
+def train_expert(run: Run, number: int) -> None:
+    """Train expert ``number`` into the run folder, or go on training it; a finished one is left as it is.
+
+    Prints a line now and then, from which whoever started it can tell how far it is.
+
+    Raises:
+        UserError: there is no such expert.
+    """
+    config = run.config.experts
+    if not 0 <= number < config.count:
+        raise UserError(f"--expert_idx: must be 0 to {config.count - 1}, got {number}")
+    stage = run.expert_stage(number)
+    if stage.finished() is not None:
+        print(f"{stage.name}: already finished from the same inputs ({stage.folder})", flush=True)
+        return
+    expert = run.network(config.backbone, "expert", number, for_weights_of=stage)
+    members = torch.where(run.own_expert == number)[0]
+    progress = run.train_network(stage, expert, members, config.training, report=_print_progress)
+    stage.finish(files=[stage.weights], figures=progress.figures())
+    tidy(stage)
+    print(f"{stage.name}: {progress.summary()} ({stage.folder})", flush=True)
+
+
+def _print_progress(done: int, steps: int, values: Mapping[str, float]) -> None:
+    print(f"step {done}/{steps}  loss {values['loss']:.4f}", flush=True)
