@@ -20,16 +20,16 @@ def main() -> None:
     from dmoe import stages
     from experts.launch import train_all_experts
 
-    if options.test:
-        return stages.test(run, options.split)
-    if not options.load_trained_experts:
-        train_all_experts(run, gpu=options.gpu)
-    experts = stages.load_experts(run)
-    tokens = stages.make_tokens(run, experts)
-    aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
-    student = stages.pretrain_student(run, only_load=options.load_pretrained_student)
-    stages.meta_train_student(run, tokens, experts, aggregator, student)
-    stages.test(run)
+    if not options.test:
+        stages.check(run)
+        if not options.load_trained_experts:
+            train_all_experts(run, gpu=options.gpu)
+        experts = stages.load_experts(run)
+        tokens = stages.make_tokens(run, experts)
+        aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
+        student = stages.pretrain_student(run, only_load=options.load_pretrained_student)
+        stages.meta_train_student(run, tokens, experts, aggregator, student)
+    stages.test(run, options.split)
 
 
 def read_options() -> argparse.Namespace:

@@ -16,8 +16,10 @@ def main() -> None:
     started = (run_dir_of(options) / "config.yaml").exists()
     run = open_run(options, recorded=started and not (options.dataset or options.config), as_expert=True)
 
+    from dmoe import stages
     from experts.training import train_expert
 
+    stages.check(run)
     train_expert(run, options.expert_idx)
 
 

@@ -24,7 +24,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -71,7 +71,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())}): delete it or bring it again") from None
+        why = " ".join(str(error).split())
+        raise UserError(f"{path}: not a whole safetensors file ({why}): delete it or bring it again") from None
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:

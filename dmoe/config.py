@@ -99,6 +99,8 @@ class DataConfig(Section):
     """Where the data set lies; the embedded one needs none."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Makes the stored views of the embedded data set; a run's own seed leaves the data alone."""
+    source_images_per_domain: Annotated[int, Field(ge=1)] | None = None
+    """Train on so many images of each source domain at most, its first ones, to try things out; null: on all."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read images ahead; 0: none."""
 

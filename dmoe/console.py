@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Never, Self
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def progress_bar(name: str, *, total: int, start: int = 0, unit: str = "step") -> "tqdm[None]":
+def progress_bar(name: str, *, total: int, start: int = 0, unit: str = "step") -> "tqdm[Never]":
     """A bar with the time left; silent unless a person looks at the terminal."""
     return tqdm(desc=name, total=total, initial=start, unit=unit, disable=None, leave=False, dynamic_ncols=True)
 

@@ -1,7 +1,7 @@
 """The one loop under every training: steps, checkpoints, evaluation, the best weights kept, bars and scalars.
 
-What a step does is the caller's. The loop guarantees that a training that was cut off at any moment and taken up again ends in the very
-numbers of one that was not: a checkpoint holds all state, and steps take their randomness from their number.
+What a step does is the caller's. A training that was cut off at any moment and taken up again ends in the very numbers of one
+that was not: a checkpoint holds all state, and steps take their randomness from their number.
 """
 
 import math
@@ -19,6 +19,9 @@ from dmoe.run_folder import Stage
 
 LOG_EVERY = 20
 """Steps between scalars."""
+
+Report = Callable[[int, int, Mapping[str, float]], None]
+"""Told (steps done, steps, scalars)."""
 
 
 @dataclass
@@ -86,11 +89,11 @@ def run(
     trainee: Trainee,
     step: Callable[[int], Mapping[str, float]],
     steps: int,
-    start: Callable[[int], None] = lambda step: None,
+    start: Callable[[int], None],
     evaluate: Callable[[], float] | None = None,
     evaluate_every: int = 0,
     checkpoint_every: int,
-    report: Callable[[int, int, Mapping[str, float]], None] = lambda step, steps, values: None,
+    report: Report | None = None,
 ) -> Progress:
     """Train, or go on training, until the stage is done; the modules then hold the best weights, and so does the stage's file.
 
@@ -99,7 +102,7 @@ def run(
         start: told once, before the first step, which number that is.
         evaluate: a score, higher is better; None keeps the last weights.
         evaluate_every: steps between evaluations; there is one after the last step in any case.
-        report: called with (steps done, steps, scalars) now and then.
+        report: called now and then.
     """
     checkpoint, best = stage.folder / "checkpoint.safetensors", stage.folder / "best.safetensors"
     progress = _resume(stage, trainee)
@@ -115,7 +118,8 @@ def run(
             bar.update()
             if done % LOG_EVERY == 0 or done == steps:
                 scalars.write(done, values)
-                report(done, steps, values)
+                if report is not None:
+                    report(done, steps, values)
             due = evaluate is not None and (done == steps or (evaluate_every > 0 and done % evaluate_every == 0))
             if due and evaluate is not None:
                 score = evaluate()
@@ -149,4 +153,3 @@ def _resume(stage: Stage, trainee: Trainee) -> Progress:
     trainee.load_weights(tensors, where=str(path))
     trainee.load_moments(tensors)
     return Progress(**{**facts["progress"], "scores": [tuple(entry) for entry in facts["progress"]["scores"]]})
-

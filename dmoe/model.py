@@ -50,7 +50,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
 def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Model:
     """:func:`load`, evaluating by ``config``, which differs from the run's own in how it is tested at most."""
     if not (run.path / DESCRIPTION).is_file():
-        raise UserError(f"{run.path}: the run is not finished (no {DESCRIPTION}): python run.py --dataset {config.dataset} --run_dir {run.path}")
+        way = f"python run.py --dataset {config.dataset} --run_dir {run.path}"
+        raise UserError(f"{run.path}: the run is not finished (no {DESCRIPTION}): {way}")
     facts = read_json(run.path / DESCRIPTION)
     try:
         transform = ImageTransform.from_facts(facts["transform"])

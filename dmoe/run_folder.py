@@ -62,10 +62,9 @@ class Stage:
         self.refuse_other_inputs(manifest.get("inputs", {}), self.manifest)
         for name, digest in manifest.get("files", {}).items():
             path = self.folder / Path(name).name
-            if not path.is_file():
-                raise UserError(f"{path}: missing, though {self.manifest} lists it: bring it back, or delete {self.folder} to redo it")
-            if digest_of_file(path) != digest:
-                raise UserError(f"{path}: changed or cut off since it was written: bring it back, or delete {self.folder} to redo it")
+            fault = "missing" if not path.is_file() else "changed or cut off" if digest_of_file(path) != digest else ""
+            if fault:
+                raise UserError(f"{path}: {fault} since it was written: bring it back, or delete {self.folder} to redo it")
         return manifest
 
     def refuse_other_inputs(self, inputs: Mapping[str, Any], path: Path) -> None:

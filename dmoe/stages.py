@@ -19,10 +19,11 @@ from dmoe.baselines.unadapted import Unadapted
 from dmoe.config import BackboneConfig, Config, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
+from dmoe.data.episodes import EpisodeSampler
 from dmoe.data.streams import EpochOrder, supervised_batches
 from dmoe.errors import UserError
 from dmoe.evaluation import Evaluation, Method, evaluate, table
-from dmoe.loop import Progress, tidy
+from dmoe.loop import Progress, Report, tidy
 from dmoe.meta.learner import MetaLearner, ZeroTarget
 from dmoe.meta.training import meta_train
 from dmoe.model import build_adapter, build_aggregator, describe, load_as
@@ -33,7 +34,7 @@ from dmoe.models.student import Student
 from dmoe.randomness import Key, generator, seed_of
 from dmoe.run_folder import RunFolder, Stage, versions
 from dmoe.supervised import train_supervised
-from dmoe.tokens import TokenStore, build_store
+from dmoe.tokens import TokenStore, build_store, is_stored
 
 OUTPUT_MAP_IMAGES = 8000
 """Source images that the aggregator's output map is fitted on."""
@@ -101,7 +102,9 @@ class Run:
         }
         return evaluate(method, self.dataset.splits[split], task=self.dataset.task, device=self.device, **chosen)
 
-    def train_network(self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Any = None) -> Progress:
+    def train_network(
+        self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Report | None = None
+    ) -> Progress:
         """Train a network on the given source images, keeping the weights that are best on the validation domains."""
         key: tuple[Key, ...] = (self.config.seed, stage.name)
         batch, steps_per_epoch = supervised_batches(self.source, members, batch_size=training.batch_size, key=key)
@@ -118,15 +121,33 @@ class Run:
             seed=seed_of(*key),
             device=self.device,
             workers=self.config.data.workers,
-            **({"report": report} if report else {}),
+            report=report,
         )
 
     def score(self, network: Network) -> float:
         """The selection metric of a network, as it is, on all validation images."""
         split, task = self.validation, self.dataset.task
+        batches = torch.arange(len(split)).split(self.config.evaluation.batch_size)
         with torch.no_grad():
-            logits = [network(split.images(i).to(self.device)).cpu() for i in torch.arange(len(split)).split(self.config.evaluation.batch_size)]
+            logits = [network(split.images(index).to(self.device)).cpu() for index in batches]
         return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
+
+
+def check(run: Run) -> None:
+    """Find now what would otherwise be found after hours.
+
+    Raises:
+        UserError: episodes do not fit the source domains, or the networks do not fit each other.
+    """
+    config = run.config
+    EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
+    width, student_width = (
+        build_network(backbone.name, image_shape=run.dataset.image_shape, num_outputs=run.dataset.task.num_outputs).width
+        for backbone in (config.experts.backbone, config.student_backbone)
+    )
+    if width != student_width:
+        raise UserError(f"student.backbone: its features are {student_width} wide, the experts' are {width}: they must be equal")
+    build_aggregator(config.aggregator, width=width, num_outputs=run.dataset.task.num_outputs)
 
 
 def load_experts(run: Run) -> list[Network]:
@@ -157,7 +178,7 @@ def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
     for name in ("source", "validation"):
         stage = run.folder.stage(f"tokens/{name}", run.facts("tokens", experts=digests, split=name, dtype="float32"))
         began = time.perf_counter()
-        ready = stage.manifest.exists()
+        ready = is_stored(stage)
         stores[name] = build_store(
             stage,
             split=run.dataset.splits[name],
@@ -166,8 +187,8 @@ def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
             batch_size=run.config.tokens.batch_size,
             device=run.device,
         )
-        seconds = time.perf_counter() - began
-        say(f"tokens of {len(stores[name]):,} {name} images: {'ready' if ready and seconds < 1 else f'{seconds:.0f} s'} ({stage.folder})")
+        how = "already stored" if ready else f"{time.perf_counter() - began:.0f} s"
+        say(f"tokens of {len(stores[name]):,} {name} images: {how} ({stage.folder})")
     return stores
 
 
@@ -187,8 +208,9 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
 
     def score() -> float:
         split = run.validation
+        batches = torch.arange(len(split)).split(run.config.tokens.batch_size)
         with torch.no_grad():
-            logits = [aggregator.logits(tokens["validation"][i].to(run.device)).cpu() for i in torch.arange(len(split)).split(4096)]
+            logits = [aggregator.logits(tokens["validation"][index].to(run.device)).cpu() for index in batches]
         return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
 
     def train() -> Progress:

@@ -1,13 +1,13 @@
 """The one supervised training: experts, the aggregator's pretraining and the student's are three calls of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.config import TrainingConfig
 from dmoe.data.streams import stream
-from dmoe.loop import Progress, Trainee, run
+from dmoe.loop import Progress, Report, Trainee, run
 from dmoe.optimizers import ScheduledAdam
 from dmoe.randomness import seed_of
 from dmoe.run_folder import Stage
@@ -28,7 +28,7 @@ def train_supervised(
     seed: int,
     device: torch.device,
     workers: int = 0,
-    report: Callable[[int, int, Mapping[str, float]], None] = lambda step, steps, values: None,
+    report: Report | None = None,
 ) -> Progress:
     """Train ``module`` on labeled batches by the task loss; it ends with its best weights, in eval mode.
 
@@ -41,7 +41,7 @@ def train_supervised(
     steps = training.duration.steps(steps_per_epoch)
     # The aggregator's output map has no part in its pretraining: Adam leaves alone what has no gradient.
     adam = ScheduledAdam(module.parameters(), training.optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
-    batches = iter(())  # replaced at the start, when the loop knows where it goes on
+    batches: Iterator[tuple[Tensor, Tensor]] = iter(())  # replaced at the start, when the loop knows where it goes on
 
     def start(first: int) -> None:
         nonlocal batches

@@ -4,7 +4,9 @@ A memory-mapped array ``[images, N, D]`` of float32, keyed by what it was made f
 experts would give for the stored view of the same images in the same batches.
 """
 
+import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.run_folder import Stage
+
+TOKENS = "tokens.npy"
 
 
 class TokenStore:
@@ -33,7 +37,14 @@ class TokenStore:
         return torch.from_numpy(self._array[index.numpy()])
 
 
-def build_store(stage: Stage, *, split: DomainSplit, pool: ExpertPool, width: int, batch_size: int, device: torch.device) -> TokenStore:
+def is_stored(stage: Stage) -> bool:
+    """Whether the stage's tokens are complete and made from the same inputs."""
+    return _made_from_same(stage.manifest, stage.key) and (stage.folder / TOKENS).is_file()
+
+
+def build_store(
+    stage: Stage, *, split: DomainSplit, pool: ExpertPool, width: int, batch_size: int, device: torch.device
+) -> TokenStore:
     """Open the stage's tokens; compute them first, or those still missing, where they were not made from the same inputs.
 
     Batches are consecutive images, ``batch_size`` at a time.
@@ -41,11 +52,12 @@ def build_store(stage: Stage, *, split: DomainSplit, pool: ExpertPool, width: in
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    path, partial = stage.folder / "tokens.npy", stage.folder / "partial.json"
+    path, partial = stage.folder / TOKENS, stage.folder / "partial.json"
     shape = (len(split), len(pool), width)
-    if _made_from_same(stage.manifest, stage.key) and path.is_file():
+    if is_stored(stage):
         return TokenStore(_open(path, shape))
 
+    cpu_began = time.process_time()
     stage.manifest.unlink(missing_ok=True)
     stage.folder.mkdir(parents=True, exist_ok=True)
     first = 0
@@ -64,7 +76,8 @@ def build_store(stage: Stage, *, split: DomainSplit, pool: ExpertPool, width: in
         array.flush()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); it needs {4 * np.prod(shape) / 2**20:.0f} MiB") from error
-    write_json(stage.manifest, {"key": stage.key, "inputs": dict(stage.inputs)})
+    figures = {"images": len(split) - first, "cpu_seconds": time.process_time() - cpu_began}
+    write_json(stage.manifest, {"key": stage.key, "inputs": dict(stage.inputs), "figures": figures})
     partial.unlink(missing_ok=True)
     return TokenStore(_open(path, shape))
 
@@ -73,11 +86,12 @@ def _made_from_same(path: Path, key: str) -> bool:
     return path.is_file() and read_json(path).get("key") == key
 
 
-def _open(path: Path, shape: tuple[int, int, int], mode: str = "r") -> np.ndarray:
+def _open(path: Path, shape: tuple[int, int, int], mode: Literal["r", "r+"] = "r") -> np.memmap:
     try:
-        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+        array = open_memmap(path, mode=mode)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): delete {path.parent} to make it again") from None
     if array.shape != shape or array.dtype != np.float32:
-        raise UserError(f"{path}: holds {array.shape} {array.dtype}, expected {shape} float32: delete {path.parent} to make it again")
+        found = f"{array.shape} {array.dtype}"
+        raise UserError(f"{path}: holds {found}, expected {shape} float32: delete {path.parent} to make it again")
     return array

@@ -111,7 +111,7 @@ def _start(run: Run, number: int, place: str) -> _Training:
     command = [sys.executable, str(SCRIPT), "--run_dir", str(run.folder.path), "--expert_idx", str(number), "--gpu", gpu]
     if run.config.data.dir is not None:
         command += ["--data_dir", str(run.config.data.dir)]
-    log = open(log_path, "ab")  # noqa: SIM115 - closed when the process ends
+    log = open(log_path, "ab")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return _Training(number, process, log_path, log)
 

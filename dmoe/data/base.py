@@ -5,7 +5,7 @@ Notation: n images in a split, B in a batch, images ``[B, C, H, W]``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,6 +50,19 @@ class DomainSplit(ABC):
         return dict(zip(ids.tolist(), torch.split(order, counts.tolist()), strict=True))
 
 
+class FirstImages(DomainSplit):
+    """The first ``count`` images of each domain of another split."""
+
+    def __init__(self, split: DomainSplit, count: int) -> None:
+        self._split = split
+        self._kept = torch.cat([members[:count] for members in split.members.values()]).sort().values
+        self.labels, self.domains = split.labels[self._kept], split.domains[self._kept]
+        self.group_domains, self.domain_names = split.group_domains[self._kept], split.domain_names
+
+    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+        return self._split.images(self._kept[index], draw=draw)
+
+
 @dataclass(frozen=True)
 class DomainDataset:
     """A multi-domain data set: its splits, its task, and what an image looks like.
@@ -72,3 +85,8 @@ class DomainDataset:
     def image_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)``."""
         return self.transform.image_shape
+
+    def with_fewer_source_images(self, per_domain: int) -> "DomainDataset":
+        """The same with the first ``per_domain`` images of each source domain only."""
+        splits = {**self.splits, "source": FirstImages(self.splits["source"], per_domain)}
+        return replace(self, splits=splits, fingerprint=f"{self.fingerprint}, first {per_domain} of each source domain")

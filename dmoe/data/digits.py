@@ -69,7 +69,9 @@ class Scans(DomainSplit):
     that the first images of a domain are a fair sample of its classes.
     """
 
-    def __init__(self, *, written: Tensor, classes: Tensor, scanners: list[Scanner], jitter: Jitter | None, seed: int, name: str) -> None:
+    def __init__(
+        self, *, written: Tensor, classes: Tensor, scanners: list[Scanner], jitter: Jitter | None, seed: int, name: str
+    ) -> None:
         """
         Args:
             written: ink of the digits, ``[n, 28, 28]`` in [0, 1].
@@ -90,7 +92,7 @@ class Scans(DomainSplit):
 
     def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
         if draw is not None:
-            return self._scan(index, generator(draw))
+            return self._scan(index, generator("digits", draw))
         if self._stored is None:
             self._stored = torch.cat(
                 [self._scan(members, generator(*self._key, "stored", domain)) for domain, members in self.members.items()]

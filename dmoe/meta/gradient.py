@@ -88,28 +88,31 @@ def meta_gradient(
     run = _forward_over_reverse if method == "forward_over_reverse" else _double_backward
     theta = {name: value.detach() for name, value in theta.items()}
     w = {name: value.detach() for name, value in w.items()}
-    return run(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps)
+    return run(_Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps))
 
 
-def _forward_over_reverse(
-    features: Apply,
-    head: Apply,
-    loss: Loss,
-    theta: Params,
-    w: Params,
-    target: Tensor,
-    support: Tensor,
-    query: Tensor,
-    labels: Tensor,
-    inner_lr: float,
-    inner_steps: int,
-) -> MetaGradient:
+class _Episode(NamedTuple):
+    features: Apply
+    head: Apply
+    loss: Loss
+    theta: Params
+    w: Params
+    target: Tensor
+    support: Tensor
+    query: Tensor
+    labels: Tensor
+    inner_lr: float
+    inner_steps: int
+
+
+def _forward_over_reverse(episode: _Episode) -> MetaGradient:
     """Back through the inner steps by Hessian-vector products.
 
     With theta_0 = theta, theta_{k+1} = theta_k - lr * dL_in/dtheta_k and v_K = dL_out/dtheta_K, one forward-over-reverse pass
     at theta_k in direction v_{k+1} gives both H v, by which v_k = v_{k+1} - lr * H v, and J v, the tangent of the features,
     by which dL_out/dt grows by lr * 2 / (S * D) * J v.
     """
+    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps = episode
     path: list[Params] = [theta]
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
@@ -121,7 +124,7 @@ def _forward_over_reverse(
         logits = head(q, features(p, query))
         return loss(logits, labels), logits
 
-    (v, w_gradient), (outer_loss, logits) = grad_and_value(outer, argnums=(0, 1), has_aux=True)(dict(path[-1]), dict(w))
+    (v, w_gradient), (outer_loss, logits) = grad_and_value(outer, argnums=(0, 1), has_aux=True)(path[-1], w)
 
     def inner(p: Params) -> tuple[Tensor, Tensor]:
         student = features(p, support)
@@ -129,26 +132,15 @@ def _forward_over_reverse(
 
     target_gradient = torch.zeros_like(target)
     for point in reversed(path[:-1]):
-        _, (hessian_v, jacobian_v) = jvp(grad(inner, has_aux=True), (dict(point),), (v,))
+        hessian_v, jacobian_v = jvp(grad(inner, has_aux=True), (dict(point),), (v,))[1]
         target_gradient += inner_lr * 2 / target.numel() * jacobian_v
         v = {name: value - inner_lr * hessian_v[name] for name, value in v.items()}
     return MetaGradient(outer_loss, inner_losses[0], v, w_gradient, target_gradient, logits.detach())
 
 
-def _double_backward(
-    features: Apply,
-    head: Apply,
-    loss: Loss,
-    theta: Params,
-    w: Params,
-    target: Tensor,
-    support: Tensor,
-    query: Tensor,
-    labels: Tensor,
-    inner_lr: float,
-    inner_steps: int,
-) -> MetaGradient:
+def _double_backward(episode: _Episode) -> MetaGradient:
     """The whole episode as one graph, differentiated by autograd."""
+    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps = episode
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     head_leaves = {name: value.clone().requires_grad_() for name, value in w.items()}
     t = target.clone().requires_grad_()

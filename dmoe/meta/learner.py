@@ -106,7 +106,9 @@ class MetaLearner:
                 totals["query_accuracy"] += right.float().mean().item() / len(episodes)
         return totals
 
-    def update(self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None) -> dict[str, float]:
+    def update(
+        self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None
+    ) -> dict[str, float]:
         """One step of both optimizers on the mean gradient of the episodes; returns scalars."""
         values = self.add_gradients(episodes)
         values["student_gradient_norm"] = student_adam.step(step)

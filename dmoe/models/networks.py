@@ -5,6 +5,7 @@ Notation: images ``[B, C, H, W]``, features ``[B, D]``, logits ``[B, K]``.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +139,10 @@ _TORCHVISION: dict[str, Callable[[int, bool, bool], nn.Module]] = {
 }
 
 
-def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+def _from_torchvision(name: str, pretrained: bool) -> Any:
     models = torchvision().models
     try:
-        net: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
+        net = models.get_model(name, weights="DEFAULT" if pretrained else None)
     except OSError as error:  # urllib's errors, and a full or read-only cache
         raise _no_weights(name, error) from error
     return net
@@ -156,11 +157,12 @@ def _timm_features(name: str, image_shape: tuple[int, int, int], pretrained: boo
         raise UserError(f"backbone.name: timm has no model {name!r}; some it has: {near}")
     sized = {"img_size": image_shape[1:]} if "vit" in name or "swin" in name else {}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image_shape[0], **sized)
+        features: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image_shape[0], **sized)
     except (OSError, RuntimeError) as error:
         if pretrained:
             raise _no_weights(name, error) from error
         raise UserError(f"backbone.name: timm cannot build {name!r} for images of {image_shape}: {_first_line(error)}") from error
+    return features
 
 
 def _no_weights(name: str, error: Exception) -> UserError:
