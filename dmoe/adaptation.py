@@ -65,5 +65,5 @@ class Adapter:
         """
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")
-        images = images.to(next(iter(self.student.parameters().values())).device)
+        images = images.to(self.student.device)
         return self.student.adapted(images, self.target(images), inner_lr=self._inner_lr, inner_steps=self._inner_steps)

@@ -60,7 +60,6 @@ def evaluate(
     task: Task,
     support_size: int,
     batch_size: int,
-    device: torch.device,
     score_support: bool = True,
     support_from: Mapping[int, int] | None = None,
 ) -> Evaluation:
@@ -77,9 +76,9 @@ def evaluate(
     domains: dict[int, Mapping[str, float]] = {}
     for domain, members in split.members.items():
         support = split.members[support_from[domain]] if support_from else members
-        student = method.adapt(split.images(support[:support_size]).to(device))
+        student = method.adapt(split.images(support[:support_size]))
         for index in members.split(batch_size):
-            predictions[index] = task.predictions(student.logits(split.images(index).to(device))).cpu().to(predictions.dtype)
+            predictions[index] = task.predictions(student.logits(split.images(index))).cpu().to(predictions.dtype)
         counted = members if score_support else members[support_size:]
         if len(counted):
             scored.append(counted)

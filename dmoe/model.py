@@ -104,7 +104,7 @@ def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) 
 def build_adapter(
     config: Config, task: Task, *, experts: Sequence[Network], aggregator: nn.Module, student: Network, kind: type[AnyAdapter]
 ) -> AnyAdapter:
-    """The product, from its parts, by the run's inner step and the evaluation's batch-norm statistics."""
+    """The product, from its parts, by the configuration's inner step and batch-norm statistics."""
     return kind(
         features=student.features,
         head=student.head,

@@ -16,7 +16,7 @@ from dmoe.adaptation import Adapter
 from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix
 from dmoe.baselines.batch_statistics import BatchStatistics
 from dmoe.baselines.unadapted import Unadapted
-from dmoe.config import BackboneConfig, Config, TrainingConfig
+from dmoe.config import BackboneConfig, Config, EvaluationConfig, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
@@ -88,6 +88,10 @@ class Run:
             last_relu=backbone.last_relu,
         ).to(self.device)
 
+    @property
+    def student_stage(self) -> Stage:
+        return self.folder.stage("student", self.facts("student", backbone=self.config.student_backbone.model_dump()))
+
     def expert_stage(self, number: int) -> Stage:
         return self.folder.expert(number, self.facts("experts", expert=number))
 
@@ -100,7 +104,7 @@ class Run:
             "score_support": settings.score_support,
             **protocol,
         }
-        return evaluate(method, self.dataset.splits[split], task=self.dataset.task, device=self.device, **chosen)
+        return evaluate(method, self.dataset.splits[split], task=self.dataset.task, **chosen)
 
     def train_network(
         self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Report | None = None
@@ -159,14 +163,13 @@ def load_experts(run: Run) -> list[Network]:
     experts = []
     for number in range(run.config.experts.count):
         stage = run.expert_stage(number)
-        if stage.finished() is None:
+        expert = run.network(run.config.experts.backbone, "expert", number, for_weights_of=stage)
+        if not _load_finished(stage, {"model": expert}):
             raise UserError(
                 f"{stage.folder}: expert {number} is not trained: "
                 f"python train_single_expert.py --dataset {run.config.dataset} --run_dir {run.folder.path} --expert_idx {number}"
             )
-        expert = run.network(run.config.experts.backbone, "expert", number, for_weights_of=stage)
-        load_into(expert, under_prefix("model", load_tensors(stage.weights)[0]), where=str(stage.weights))
-        experts.append(expert.eval())
+        experts.append(expert)
     return experts
 
 
@@ -234,7 +237,7 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
 
 def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
     """Stage 4: plain supervised training on all source domains together."""
-    stage = run.folder.stage("student", run.facts("student", backbone=run.config.student_backbone.model_dump()))
+    stage = run.student_stage
     student = run.network(run.config.student_backbone, "student", for_weights_of=stage)
 
     def train() -> Progress:
@@ -252,7 +255,9 @@ def meta_train_student(
     made_from = {name: read_json(run.folder.path / name / "manifest.json")["files"] for name in ("aggregator", "student")}
     stage = run.folder.stage("meta", run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
-    adapter = build_adapter(run.config, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)
+    # Validation is by the experts' running statistics, however the run is tested later.
+    validating = run.config.model_copy(update={"evaluation": EvaluationConfig()})
+    adapter = build_adapter(validating, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)
 
     def train() -> Progress:
         if isinstance(teacher, Aggregator) and teacher.output_map is not None:
@@ -286,11 +291,7 @@ def meta_train_student(
 
 def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
     """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
-    if stage.finished() is not None:
-        tensors = load_tensors(stage.weights)[0]
-        for name, module in modules.items():
-            load_into(module, under_prefix(name, tensors), where=str(stage.weights))
-            module.eval()
+    if _load_finished(stage, modules):
         say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
         return
     if only_load:
@@ -299,6 +300,17 @@ def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[s
     stage.finish(files=[stage.weights], figures=progress.figures())
     tidy(stage)
     say(f"{stage.name}: {progress.summary()} ({stage.folder})")
+
+
+def _load_finished(stage: Stage, modules: Mapping[str, nn.Module]) -> bool:
+    """Fill ``modules`` with the stage's result, if it is finished."""
+    if stage.finished() is None:
+        return False
+    tensors = load_tensors(stage.weights)[0]
+    for name, module in modules.items():
+        load_into(module, under_prefix(name, tensors), where=str(stage.weights))
+        module.eval()
+    return True
 
 
 def _fit_output_map(run: Run, tokens: TokenStore, aggregator: Aggregator, student: Network) -> None:
@@ -317,7 +329,9 @@ def test(run: Run, split: str = "target") -> None:
     """Evaluate the finished run on a split's domains: table to the console, rows to ``results.jsonl``."""
     began = time.perf_counter()
     adapter = load_as(run.folder, run.config, device=run.device)
-    erm = pretrain_student(run, only_load=True)
+    erm = run.network(run.config.student_backbone, "student", for_weights_of=run.student_stage)
+    if not _load_finished(run.student_stage, {"model": erm}):
+        raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
     plain = Student(features=erm.features, head=erm.head, task=run.dataset.task)
     methods: dict[str, Method] = {
         "ERM student": Unadapted(plain),

@@ -17,6 +17,7 @@ from dmoe.stages import Run
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_single_expert.py"
 LOG_LINES_SHOWN = 5
+POLL_SECONDS = 0.2
 
 
 @dataclass
@@ -30,7 +31,7 @@ class _Training:
     began: float = field(default_factory=time.perf_counter)
 
     def steps_done(self) -> int:
-        found = re.findall(r"^step (\d+)/", self.log_path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        found = re.findall(r"^step (\d+)/", "\n".join(_last_lines(self.log_path, 2)), re.MULTILINE)
         return int(found[-1]) if found else 0
 
 
@@ -60,7 +61,7 @@ def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
                 for place in places:
                     if place not in running and waiting:
                         running[place] = _start(run, waiting.pop(0), place)
-                time.sleep(0.05)
+                time.sleep(POLL_SECONDS)
                 for place, training in list(running.items()):
                     if training.process.poll() is None:
                         continue
@@ -70,7 +71,7 @@ def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
                     if training.process.returncode != 0:
                         failed.append(training)
                     else:
-                        say(_last_lines(training.log_path, 1))
+                        say(*_last_lines(training.log_path, 1))
                 bar.n = finished_steps + sum(training.steps_done() for training in running.values())
                 bar.refresh()
     finally:
@@ -81,10 +82,11 @@ def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
             training.log.close()
     if failed:
         first = failed[0]
+        end = " | ".join(_last_lines(first.log_path, LOG_LINES_SHOWN))
         raise UserError(
             f"expert {first.number} failed with status {first.process.returncode}"
             + (f", and {len(failed) - 1} more" if len(failed) > 1 else "")
-            + f"; the finished ones are kept. The end of {first.log_path}: {_last_lines(first.log_path, LOG_LINES_SHOWN)}"
+            + f"; the finished ones are kept. The end of {first.log_path}: {end}"
         )
     say(f"experts: {time.perf_counter() - began:.0f} s in all")
 
@@ -116,6 +118,8 @@ def _start(run: Run, number: int, place: str) -> _Training:
     return _Training(number, process, log_path, log)
 
 
-def _last_lines(path: Path, count: int) -> str:
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-count:])
+def _last_lines(path: Path, count: int) -> list[str]:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-count:]

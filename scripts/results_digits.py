@@ -113,7 +113,18 @@ def one_seed(folder: Path, seed: int, overrides: list[str]) -> None:
 
 
 def whole_run(folder: Path, seed: int, overrides: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), "--dataset", "digits", "--seed", str(seed), "--run_dir", str(folder), "--threads", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "--dataset",
+        "digits",
+        "--seed",
+        str(seed),
+        "--run_dir",
+        str(folder),
+        "--threads",
+        "1",
+    ]
     subprocess.run([*command, *overrides], check=True)
 
 

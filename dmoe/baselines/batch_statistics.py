@@ -25,5 +25,5 @@ class BatchStatistics:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
                 module.momentum = 1.0  # the running statistics become those of this batch
-        features(images)
+        features(images.to(self._student.device))
         return Student(features=features, head=self._student.head, task=self._student.task)

@@ -1,6 +1,7 @@
 """The network that is shipped: features and head, ready to predict."""
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,18 @@ class Student:
         )
         return Student(features=private_copy(features, parameters), head=self.head, task=self.task)
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits ``[B, K]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.features.parameters(), self.head.parameters())).device
 
-    def predict(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def logits(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
+        """Logits ``[B, K]`` on the student's device, computed ``batch_size`` images at a time."""
+        return torch.cat([self.head(self.features(part.to(self.device))) for part in images.split(batch_size)])
+
+    def predict(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
         """Probabilities ``[B, K]`` (binary task: ``[B, 2]``; regression: the values ``[B, 1]``)."""
-        return self.task.probabilities(self.logits(images))
+        return self.task.probabilities(self.logits(images, batch_size=batch_size))
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Feature parameters by name."""
