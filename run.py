@@ -23,7 +23,7 @@ def main() -> None:
     if not options.test:
         stages.check(run)
         if not options.load_trained_experts:
-            train_all_experts(run, gpu=options.gpu)
+            train_all_experts(run, gpu=options.gpu, threads=options.threads)
         experts = stages.load_experts(run)
         tokens = stages.make_tokens(run, experts)
         aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)

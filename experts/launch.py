@@ -35,11 +35,12 @@ class _Training:
         return int(found[-1]) if found else 0
 
 
-def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
+def train_all_experts(run: Run, *, gpu: int | None = None, threads: int | None = None) -> None:
     """Train every expert that is not finished yet.
 
     Args:
-        gpu: the one GPU to use; None: every visible one.
+        gpu: the one GPU to use, -1 for none; None: every visible one.
+        threads: CPU threads for all trainings together; None: every core.
 
     Raises:
         UserError: a training failed; the others were finished first, and the line shows the end of its log.
@@ -49,7 +50,7 @@ def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
     if not waiting:
         say(f"experts: all {config.count} already finished from the same inputs ({run.folder.path / 'experts'})")
         return
-    places = _places(config.threads, gpu)
+    places = _places(gpu, cores=threads or len(os.sched_getaffinity(0)), threads=config.threads)
     say(f"experts: {len(waiting)} of {config.count} to train, {min(len(places), len(waiting))} at a time")
     steps = _steps_of(run)
     total, finished_steps, failed = sum(steps[number] for number in waiting), 0, []
@@ -91,13 +92,13 @@ def train_all_experts(run: Run, *, gpu: int | None = None) -> None:
     say(f"experts: {time.perf_counter() - began:.0f} s in all")
 
 
-def _places(threads: int, gpu: int | None) -> list[str]:
+def _places(gpu: int | None, *, cores: int, threads: int) -> list[str]:
     """Where a training can run: GPU numbers, or names of CPU shares."""
     if gpu is not None and gpu >= 0:
         return [str(gpu)]
     if torch.cuda.is_available() and gpu is None:
         return [str(number) for number in range(torch.cuda.device_count())]
-    return [f"cpu{share}" for share in range(max(1, len(os.sched_getaffinity(0)) // threads))]
+    return [f"cpu{share}" for share in range(max(1, cores // threads))]
 
 
 def _steps_of(run: Run) -> list[int]:

@@ -1,0 +1,221 @@
+"""The outer gradient against finite differences and against the library ``higher``, in float64."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import higher
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dmoe.meta.gradient import GradientMethod, MetaGradient, adapted_parameters, inner_step, meta_gradient
+from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.models.aggregator import Aggregator
+from dmoe.models.networks import Network
+from dmoe.tasks import Task
+
+S, Q, D, K = 5, 4, 6, 3
+INNER_LR = 0.5
+METHODS = get_args(GradientMethod)
+Params = dict[str, Tensor]
+
+
+def small_network() -> Network:
+    """Convolutions, batch-norm that has seen something, ReLU and max pooling; in eval mode."""
+    features = nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(5, D, 3, padding=1, bias=False),
+        nn.BatchNorm2d(D),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    network = Network(features=features, head=nn.Linear(D, K)).double().eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean = 0.2 * torch.randn(module.num_features, dtype=torch.float64)
+                module.running_var = 0.5 + torch.rand(module.num_features, dtype=torch.float64)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0.3, 0.1)
+    return network
+
+
+class Problem:
+    """One episode, and its outer loss written down a second time with nothing but autograd."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.network = small_network()
+        self.theta = {name: p.detach() for name, p in self.network.features.named_parameters()}
+        self.w = {name: p.detach() for name, p in self.network.head.named_parameters()}
+        self.target = torch.randn(S, D, dtype=torch.float64)
+        self.support = torch.randn(S, 2, 6, 6, dtype=torch.float64)
+        self.query = torch.randn(Q, 2, 6, 6, dtype=torch.float64)
+        self.labels = torch.tensor([0, 2, 1, 2])
+
+    def features(self, theta: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        buffers = dict(self.network.features.named_buffers())
+        found: Tensor = functional_call(self.network.features, (dict(theta), buffers), (images,))
+        return found
+
+    def head(self, w: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        return F.linear(features, w["weight"], w["bias"])
+
+    def gradient(self, method: GradientMethod, inner_steps: int) -> MetaGradient:
+        return meta_gradient(
+            features=self.features,
+            head=self.head,
+            loss=F.cross_entropy,
+            theta=self.theta,
+            w=self.w,
+            target=self.target,
+            support=self.support,
+            query=self.query,
+            labels=self.labels,
+            inner_lr=INNER_LR,
+            inner_steps=inner_steps,
+            method=method,
+        )
+
+    def outer_loss(self, theta: Params, w: Params, target: Tensor, inner_steps: int) -> float:
+        """By plain first-order autograd, for finite differences."""
+        for _ in range(inner_steps):
+            leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+            difference = self.features(leaves, self.support) - target
+            gradients = torch.autograd.grad((difference**2).sum() / (S * D), list(leaves.values()))
+            theta = {name: value - INNER_LR * g for (name, value), g in zip(theta.items(), gradients, strict=True)}
+        with torch.no_grad():
+            return F.cross_entropy(self.head(w, self.features(theta, self.query)), self.labels).item()
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return Problem()
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative to the size of ``other``."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+def central_difference(function: Callable[[float], float], step: float = 1e-6) -> float:
+    return (function(step) - function(-step)) / (2 * step)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("argument", ["theta", "w", "target"])
+def test_gradient_is_the_slope_of_the_outer_loss(
+    problem: Problem, argument: str, method: GradientMethod, inner_steps: int
+) -> None:
+    values = {"theta": problem.theta, "w": problem.w, "target": {"t": problem.target}}
+    found = problem.gradient(method, inner_steps)
+    gradient = {"theta": found.theta, "w": found.w, "target": {"t": found.target}}[argument]
+    for _ in range(4):
+        direction = {name: torch.randn_like(value) for name, value in values[argument].items()}
+
+        def along(step: float, direction: Params = direction) -> float:
+            moved = {**values, argument: {name: value + step * direction[name] for name, value in values[argument].items()}}
+            return problem.outer_loss(moved["theta"], moved["w"], moved["target"]["t"], inner_steps)
+
+        assert (flat(gradient) @ flat(direction)).item() == pytest.approx(central_difference(along), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_is_that_of_an_independent_library(problem: Problem, method: GradientMethod, inner_steps: int) -> None:
+    network, target = problem.network, problem.target.clone().requires_grad_()
+    sgd = torch.optim.SGD(network.features.parameters(), lr=INNER_LR)
+    with higher.innerloop_ctx(network.features, sgd, copy_initial_weights=False) as (features, inner_sgd):
+        for _ in range(inner_steps):
+            inner_sgd.step(F.mse_loss(features(problem.support), target))
+        logits = network.head(features(problem.query))
+        loss = F.cross_entropy(logits, problem.labels)
+        *expected, by_target = torch.autograd.grad(loss, [*network.parameters(), target])
+
+    found = problem.gradient(method, inner_steps)
+    assert found.loss.item() == pytest.approx(loss.item(), rel=1e-13)
+    torch.testing.assert_close(found.logits, logits.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close([*found.theta.values(), *found.w.values()], expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(found.target, by_target, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_both_methods_agree_to_rounding(problem: Problem, inner_steps: int) -> None:
+    one, other = (problem.gradient(method, inner_steps) for method in METHODS)
+    assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-14)
+    assert one.inner_loss.item() == pytest.approx(other.inner_loss.item(), rel=1e-14)
+    assert distance(flat(one.theta), flat(other.theta)) < 1e-12
+    assert distance(flat(one.w), flat(other.w)) < 1e-12
+    assert distance(one.target, other.target) < 1e-12
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_a_first_order_shortcut_would_be_far_off(problem: Problem, inner_steps: int) -> None:
+    """What these tests can tell apart: the gradient at the adapted parameters is not the one at the initial ones."""
+    adapted = adapted_parameters(
+        problem.features, problem.theta, problem.support, problem.target, inner_lr=INNER_LR, inner_steps=inner_steps
+    )
+    leaves = {name: value.clone().requires_grad_() for name, value in adapted.items()}
+    loss = F.cross_entropy(problem.head(problem.w, problem.features(leaves, problem.query)), problem.labels)
+    shortcut = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaves.values()))])
+    assert distance(shortcut, flat(problem.gradient("forward_over_reverse", inner_steps).theta)) > 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inner_loss_is_the_mean_square_before_the_first_step(problem: Problem, method: GradientMethod) -> None:
+    expected = ((problem.features(problem.theta, problem.support) - problem.target) ** 2).sum().item() / (S * D)
+    assert problem.gradient(method, inner_steps=3).inner_loss.item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_graph_is_left_and_nothing_is_written_to_the_inputs(problem: Problem, method: GradientMethod) -> None:
+    problem.theta = {name: value.requires_grad_() for name, value in problem.theta.items()}
+    before = {name: value.clone() for name, value in problem.theta.items()}
+    found = problem.gradient(method, inner_steps=2)
+    tensors = [found.loss, found.inner_loss, *found.theta.values(), *found.w.values(), found.target, found.logits]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert all(value.grad is None and torch.equal(value, before[name]) for name, value in problem.theta.items())
+
+
+def test_an_inner_step_goes_down_the_inner_loss(problem: Problem) -> None:
+    stepped, before = inner_step(problem.features, problem.theta, problem.support, problem.target, 0.05)
+    _, after = inner_step(problem.features, stepped, problem.support, problem.target, 0.05)
+    assert after < before
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: GradientMethod, inner_steps: int) -> None:
+    aggregator = Aggregator(width=D, num_outputs=K, depth=2, heads=2, dropout=0.1, output_map=True).double()
+    tokens = torch.randn(S, 3, D, dtype=torch.float64)
+    settings: dict[str, Any] = {"inner_lr": INNER_LR, "inner_steps": inner_steps, "method": method}
+    learner = MetaLearner(student=problem.network, aggregator=aggregator, task=Task("multiclass", num_outputs=K), **settings)
+    learner.add_gradients([EpisodeBatch(problem.support, tokens, problem.query, problem.labels)])
+    phi = learner.aggregator_parameters
+    start = [parameter.detach().clone() for parameter in phi]
+
+    for _ in range(4):
+        direction = [torch.randn_like(parameter) for parameter in phi]
+
+        @torch.no_grad()
+        def along(step: float, direction: list[Tensor] = direction) -> float:
+            for parameter, value, d in zip(phi, start, direction, strict=True):
+                parameter.copy_(value + step * d)
+            target = aggregator(tokens)
+            with torch.enable_grad():
+                return problem.outer_loss(problem.theta, problem.w, target, inner_steps)
+
+        slope = sum(float((p.grad * d).sum()) for p, d in zip(phi, direction, strict=True) if p.grad is not None)
+        assert slope == pytest.approx(central_difference(along), rel=1e-6, abs=1e-9)
+        assert abs(slope) > 1e-5

@@ -1,0 +1,172 @@
+"""One meta-training update: what it averages, what it reaches, and what it must not know."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmoe.config import OptimizerConfig
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, ZeroTarget
+from dmoe.models.aggregator import Aggregator
+from dmoe.models.expert_pool import ExpertPool, Mask, without_own_expert
+from dmoe.models.networks import Network
+from dmoe.optimizers import ScheduledAdam
+from dmoe.tasks import Task
+
+S, Q, N, D, K = 4, 3, 3, 8, 3
+TASK = Task("multiclass", num_outputs=K)
+
+
+def extractor() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, D)).double()
+
+
+def student() -> Network:
+    return Network(features=extractor(), head=nn.Linear(D, K).double())
+
+
+def aggregator() -> Aggregator:
+    return Aggregator(width=D, num_outputs=K, depth=1, heads=2, dropout=0.5).double()
+
+
+def episode(tokens: Tensor | None = None) -> EpisodeBatch:
+    support, query = torch.randn(S, 1, 6, 6, dtype=torch.float64), torch.randn(Q, 1, 6, 6, dtype=torch.float64)
+    tokens = torch.randn(S, N - 1, D, dtype=torch.float64) if tokens is None else tokens
+    return EpisodeBatch(support, tokens, query, torch.randint(K, (Q,)))
+
+
+def learner_of(network: Network, teacher: Aggregator | ZeroTarget) -> MetaLearner:
+    return MetaLearner(student=network, aggregator=teacher, task=TASK, inner_lr=0.3)
+
+
+def gradients(learner: MetaLearner, episodes: list[EpisodeBatch]) -> tuple[dict[str, float], list[Tensor]]:
+    """Scalars and gradients of theta, w and phi; none are left behind."""
+    values = learner.add_gradients(episodes)
+    parameters = [*learner.student_parameters, *learner.aggregator_parameters]
+    found = [p.grad.clone() for p in parameters if p.grad is not None]
+    assert len(found) == len(parameters)
+    for parameter in parameters:
+        parameter.grad = None
+    return values, found
+
+
+def test_an_update_is_made_on_the_mean_over_its_domains() -> None:
+    learner, episodes = learner_of(student(), aggregator()), [episode(), episode(), episode()]
+    alone = [gradients(learner, [one]) for one in episodes]
+    values, together = gradients(learner, episodes)
+    torch.testing.assert_close(together, [torch.stack(each).mean(0) for each in zip(*(g for _, g in alone), strict=True)])
+    for key in ("query_loss", "inner_loss", "query_accuracy"):
+        assert values[key] == pytest.approx(sum(v[key] for v, _ in alone) / 3)
+
+
+def test_gradients_are_added_to_those_that_are_there() -> None:
+    learner, one = learner_of(student(), aggregator()), episode()
+    _, once = gradients(learner, [one])
+    learner.add_gradients([one])
+    _, twice = gradients(learner, [one])
+    torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+
+
+@pytest.mark.parametrize("mask", ["remove", "zero", "none"])
+def test_only_without_a_mask_does_the_own_expert_matter(mask: Mask) -> None:
+    own, learner, images = 1, learner_of(student(), aggregator()), episode()
+    experts = [extractor() for _ in range(N)]
+
+    def outcome() -> tuple[dict[str, float], list[Tensor]]:
+        tokens = without_own_expert(ExpertPool(experts)(images.support), torch.full((S,), own), mask=mask)
+        return gradients(learner, [EpisodeBatch(images.support, tokens, images.query, images.labels)])
+
+    before = outcome()
+    with torch.no_grad():
+        for parameter in experts[own].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    after = outcome()
+    unchanged = before[0] == after[0] and all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    assert unchanged == (mask != "none")
+
+
+@pytest.mark.parametrize("mask", ["remove", "zero"])
+def test_every_other_expert_matters_under_a_mask(mask: Mask) -> None:
+    learner, images, tokens = learner_of(student(), aggregator()), episode(), torch.randn(S, N, D, dtype=torch.float64)
+
+    def query_loss(tokens: Tensor) -> float:
+        masked = without_own_expert(tokens, torch.full((S,), 1), mask=mask)
+        batch = EpisodeBatch(images.support, masked, images.query, images.labels)
+        return gradients(learner, [batch])[0]["query_loss"]
+
+    for other in (0, 2):
+        changed = tokens.clone()
+        changed[:, other] += 1
+        assert query_loss(changed) != query_loss(tokens)
+
+
+def test_the_head_of_the_aggregator_has_no_part_in_it() -> None:
+    teacher = aggregator()
+    learner = learner_of(student(), teacher)
+    learner.add_gradients([episode()])
+    assert all(parameter.grad is None for parameter in teacher.head.parameters())
+    assert all(parameter.grad is not None for parameter in teacher.blocks.parameters())
+    assert {id(p) for p in learner.aggregator_parameters} == {id(p) for p in teacher.blocks.parameters()}
+
+
+def test_the_output_map_of_the_aggregator_learns() -> None:
+    teacher = Aggregator(width=D, num_outputs=K, depth=1, heads=2, dropout=0.0, output_map=True).double()
+    learner_of(student(), teacher).add_gradients([episode()])
+    assert teacher.output_map is not None
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in teacher.output_map.parameters())
+
+
+def test_batch_norm_and_dropout_stay_in_eval_mode() -> None:
+    network, teacher = student().train(), aggregator().train()
+    learner, one = learner_of(network, teacher), episode()
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    first, second = gradients(learner, [one]), gradients(learner, [one])
+    assert first[0] == second[0]
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+
+
+def test_an_update_steps_both_optimizers_and_clears_the_gradients() -> None:
+    learner = learner_of(student(), aggregator())
+    config = OptimizerConfig(lr=0.01)
+    adams = [
+        ScheduledAdam(p, config, steps=1, steps_per_epoch=1) for p in (learner.student_parameters, learner.aggregator_parameters)
+    ]
+    before = [[p.detach().clone() for p in adam.parameters] for adam in adams]
+    values = learner.update(0, [episode()], adams[0], adams[1])
+    for adam, old, key in zip(adams, before, ("student_gradient_norm", "aggregator_gradient_norm"), strict=True):
+        assert any(not torch.equal(p, value) for p, value in zip(adam.parameters, old, strict=True))
+        assert all(parameter.grad is None for parameter in adam.parameters)
+        assert values[key] > 0
+
+
+def test_a_zero_target_pulls_the_features_towards_nothing() -> None:
+    network, one = student(), episode()
+    learner = learner_of(network, ZeroTarget())
+    assert learner.aggregator_parameters == []
+    values, found = gradients(learner, [one])
+    features = network.features(one.support)
+    assert values["inner_loss"] == pytest.approx(features.square().mean().item())
+
+    step = torch.autograd.grad(features.square().mean(), list(network.features.parameters()), create_graph=True)
+    names = [name for name, _ in network.features.named_parameters()]
+    adapted = {n: p - 0.3 * g for n, p, g in zip(names, network.features.parameters(), step, strict=True)}
+    logits = network.head(torch.func.functional_call(network.features, adapted, (one.query,)))
+    expected = torch.autograd.grad(F.cross_entropy(logits, one.labels), [*network.parameters()])
+    torch.testing.assert_close(found, list(expected))
+
+
+def test_a_zero_target_asks_no_tokens() -> None:
+    one, other = torch.randn(S, N, D), torch.randn(S, N, D)
+    assert torch.equal(ZeroTarget()(one), ZeroTarget()(other))
+    assert ZeroTarget()(one).shape == (S, D)
+
+
+def test_a_regression_has_no_query_accuracy() -> None:
+    network = Network(features=extractor(), head=nn.Linear(D, 1).double())
+    task = Task("regression", num_outputs=1, selection_metric="negative_mse")
+    learner = MetaLearner(student=network, aggregator=aggregator(), task=task, inner_lr=0.1)
+    one = episode()
+    values = learner.add_gradients([EpisodeBatch(one.support, one.tokens, one.query, torch.randn(Q))])
+    assert values["query_loss"] > 0
+    assert values["query_accuracy"] == 0
