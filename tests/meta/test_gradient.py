@@ -115,9 +115,7 @@ def central_difference(function: Callable[[float], float], step: float = 1e-6) -
 @pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("argument", ["theta", "w", "target"])
-def test_gradient_is_the_slope_of_the_outer_loss(
-    problem: Problem, argument: str, method: GradientMethod, inner_steps: int
-) -> None:
+def test_gradient_is_the_slope_of_the_outer_loss(problem: Problem, argument: str, method: GradientMethod, inner_steps: int) -> None:
     values = {"theta": problem.theta, "w": problem.w, "target": {"t": problem.target}}
     found = problem.gradient(method, inner_steps)
     gradient = {"theta": found.theta, "w": found.w, "target": {"t": found.target}}[argument]

@@ -1,17 +1,26 @@
 """One meta-training update: what it averages, what it reaches, and what it must not know."""
 
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe.config import OptimizerConfig
+from dmoe.config import Duration, MetaConfig, OptimizerConfig
+from dmoe.data.base import DomainSplit
 from dmoe.meta.learner import EpisodeBatch, MetaLearner, ZeroTarget
+from dmoe.meta.training import meta_train
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, Mask, without_own_expert
 from dmoe.models.networks import Network
 from dmoe.optimizers import ScheduledAdam
+from dmoe.run_folder import Stage
 from dmoe.tasks import Task
+from dmoe.tokens import TokenStore
 
 S, Q, N, D, K = 4, 3, 3, 8, 3
 TASK = Task("multiclass", num_outputs=K)
@@ -85,6 +94,41 @@ def test_only_without_a_mask_does_the_own_expert_matter(mask: Mask) -> None:
     assert unchanged == (mask != "none")
 
 
+class ThreeDomains(DomainSplit):
+    """Twelve random images, domain after domain."""
+
+    def __init__(self) -> None:
+        self._images, self.labels = torch.randn(12, 1, 6, 6), torch.arange(12) % K
+        self.domains = self.group_domains = torch.arange(3).repeat_interleave(4)
+        self.domain_names = {}
+
+    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+        return self._images[index]
+
+
+@pytest.mark.parametrize("mask", ["remove", "zero", "none"])
+def test_meta_training_ends_the_same_whatever_the_own_experts_say(tmp_path: Path, mask: Mask) -> None:
+    split, own = ThreeDomains(), torch.tensor([2, 0, 1]).repeat_interleave(4)
+    tokens = torch.randn(12, N, D)
+    tampered = tokens.clone()
+    tampered[torch.arange(12), own] = 100 * torch.randn(12, D)
+    network, teacher = student().float(), aggregator().float()
+    adam = OptimizerConfig(lr=0.01)
+    config = MetaConfig(
+        duration=Duration(5, "steps"), support_size=2, query_size=2, inner_lr=0.3, mask=mask, student=adam, aggregator=adam
+    )
+
+    def trained(name: str, store: np.ndarray) -> list[Tensor]:
+        learner = learner_of(copy.deepcopy(network), copy.deepcopy(teacher))
+        around: dict[str, Any] = {"checkpoint_every": 100, "seed": 1, "device": torch.device("cpu"), "evaluate": lambda: 0.0}
+        stage = Stage(tmp_path / name, {})
+        meta_train(stage=stage, learner=learner, split=split, tokens=TokenStore(store), own_expert=own, config=config, **around)
+        return [p.detach() for p in (*learner.student_parameters, *learner.aggregator_parameters)]
+
+    pairs = zip(trained("one", tokens.numpy()), trained("other", tampered.numpy()), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) == (mask != "none")
+
+
 @pytest.mark.parametrize("mask", ["remove", "zero"])
 def test_every_other_expert_matters_under_a_mask(mask: Mask) -> None:
     learner, images, tokens = learner_of(student(), aggregator()), episode(), torch.randn(S, N, D, dtype=torch.float64)
@@ -154,6 +198,12 @@ def test_a_zero_target_pulls_the_features_towards_nothing() -> None:
     logits = network.head(torch.func.functional_call(network.features, adapted, (one.query,)))
     expected = torch.autograd.grad(F.cross_entropy(logits, one.labels), [*network.parameters()])
     torch.testing.assert_close(found, list(expected))
+
+
+def test_a_zero_target_needs_no_optimizer_of_an_aggregator() -> None:
+    learner = learner_of(student(), ZeroTarget())
+    adam = ScheduledAdam(learner.student_parameters, OptimizerConfig(lr=0.01), steps=1, steps_per_epoch=1)
+    assert "aggregator_gradient_norm" not in learner.update(0, [episode()], adam, None)
 
 
 def test_a_zero_target_asks_no_tokens() -> None:

@@ -78,9 +78,9 @@ def test_an_output_that_nothing_computes_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_an_output_that_is_not_a_number_is_a_failure(tmp_path: Path) -> None:
-    expected = load_file(REFERENCE / "aggregator.safetensors")["out.forward"] * torch.nan
-    (case,) = check_tampered(tmp_path, "aggregator", out__forward=expected)
-    assert "out.forward" in (case.fault or "")
+    expected = load_file(REFERENCE / "aggregator.safetensors")["out.get_feat"] * torch.nan
+    (case,) = check_tampered(tmp_path, "aggregator", out__get_feat=expected)
+    assert "out.get_feat" in (case.fault or "")
 
 
 def test_a_file_of_unknown_kind_is_a_failure(tmp_path: Path) -> None:

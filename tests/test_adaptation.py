@@ -1,0 +1,195 @@
+"""The adapter round modules of one's own: what it computes, and what it leaves alone."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmoe.adaptation import Adapter
+from dmoe.tasks import Task
+
+D, K = 6, 3
+INNER_LR = 0.4
+
+
+class MeanOfExperts(nn.Module):
+    """An aggregator that is nobody's transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.scale * tokens.mean(dim=1)
+
+
+class Parts:
+    """Plain modules, left in training mode, as a user might hand them in."""
+
+    def __init__(self) -> None:
+        self.features = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 4 * 4, D)
+        ).double()
+        self.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, K)).double()
+        self.experts = [
+            nn.Sequential(nn.Conv2d(2, D, 3), nn.BatchNorm2d(D), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double() for _ in "ab"
+        ]
+        self.aggregator = MeanOfExperts().double()
+        for norm in (self.features[1], *(expert[1] for expert in self.experts)):
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+            nn.init.normal_(norm.running_mean)
+
+    def adapter(self, **settings: Any) -> Adapter:
+        parts = {"features": self.features, "head": self.head, "experts": self.experts, "aggregator": self.aggregator}
+        return Adapter(**{**parts, "inner_lr": INNER_LR, **settings})
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from (self.features, self.head, *self.experts, self.aggregator)
+
+    def state(self) -> list[Any]:
+        """All that could be changed in them; tensors by identity and by value."""
+        found: list[Any] = []
+        for part in self:
+            found += [module.training for module in part.modules()]
+            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+                grad = None if tensor.grad is None else tensor.grad.tolist()
+                found += [name, id(tensor), tensor.tolist(), tensor.requires_grad, grad]
+        return found
+
+
+@pytest.fixture
+def parts() -> Parts:
+    return Parts()
+
+
+def batch(count: int = 5) -> Tensor:
+    return torch.randn(count, 2, 6, 6, dtype=torch.float64)
+
+
+def features_by_hand(theta: dict[str, Tensor], running: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    x = F.conv2d(x, theta["0.weight"], theta["0.bias"])
+    shift, scale = running.running_mean.view(-1, 1, 1), (running.running_var + running.eps).rsqrt().view(-1, 1, 1)
+    x = ((x - shift) * scale * theta["1.weight"].view(-1, 1, 1) + theta["1.bias"].view(-1, 1, 1)).clamp(min=0)
+    return x.flatten(1) @ theta["5.weight"].T + theta["5.bias"]
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_adapting_is_a_gradient_step_of_the_features_towards_the_target(parts: Parts, inner_steps: int) -> None:
+    x, fresh = batch(), batch()
+    adapted = parts.adapter(inner_steps=inner_steps).adapt(x)
+
+    for part in parts:
+        part.eval()
+    target = 1.5 * (parts.experts[0](x) + parts.experts[1](x)).detach() / 2
+    theta = {name: p.detach().clone() for name, p in parts.features.named_parameters()}
+    for _ in range(inner_steps):
+        leaves = {name: value.requires_grad_() for name, value in theta.items()}
+        loss = (features_by_hand(leaves, parts.features[1], x) - target).pow(2).sum() / (len(x) * D)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        theta = {name: (value - INNER_LR * g).detach() for (name, value), g in zip(theta.items(), gradients, strict=True)}
+    expected = parts.head(features_by_hand(theta, parts.features[1], fresh))
+    torch.testing.assert_close(adapted.logits(fresh), expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(dict(adapted.parameters()), theta, rtol=1e-11, atol=1e-12)
+
+
+def test_the_target_is_the_aggregator_of_all_experts(parts: Parts) -> None:
+    x, adapter = batch(), parts.adapter()
+    target = adapter.target(x)
+    for part in parts:
+        part.eval()
+    torch.testing.assert_close(target, 1.5 * (parts.experts[0](x) + parts.experts[1](x)) / 2)
+    assert not target.requires_grad
+
+
+def test_experts_can_normalise_by_the_batch(parts: Parts) -> None:
+    x = batch()
+    target = parts.adapter(expert_batch_norm="batch").target(x)
+    maps = [F.batch_norm(one[0](x), None, None, one[1].weight, one[1].bias, training=True) for one in parts.experts]
+    torch.testing.assert_close(target, 1.5 * (maps[0] + maps[1]).mean(dim=(2, 3)) / 2)
+
+
+def test_adapting_changes_what_is_predicted(parts: Parts) -> None:
+    adapter, fresh = parts.adapter(), batch()
+    assert (adapter.adapt(batch()).logits(fresh) - adapter.student.logits(fresh)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("expert_batch_norm", ["running", "batch"])
+def test_adapting_and_predicting_change_nothing_in_the_modules_handed_in(parts: Parts, expert_batch_norm: str) -> None:
+    for part in (parts.features, parts.head):
+        for parameter in part.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    parts.features[0].weight.requires_grad_(False)
+    parts.head.eval()
+    before = parts.state()
+    adapter = parts.adapter(expert_batch_norm=expert_batch_norm, inner_steps=2)
+    adapter.adapt(batch()).predict(batch())
+    adapter.student.predict(batch())
+    assert parts.state() == before
+
+
+def test_predictions_carry_no_graph(parts: Parts) -> None:
+    adapter = parts.adapter()
+    for student in (adapter.student, adapter.adapt(batch())):
+        assert not student.logits(batch()).requires_grad
+
+
+def test_every_domain_starts_from_the_same_student(parts: Parts) -> None:
+    adapter, one, other, fresh = parts.adapter(), batch(), batch() + 1, batch()
+    unadapted, first = adapter.student.logits(fresh), adapter.adapt(one).logits(fresh)
+    adapter.adapt(other)
+    assert torch.equal(adapter.adapt(one).logits(fresh), first)
+    assert torch.equal(adapter.student.logits(fresh), unadapted)
+
+
+def test_an_adapted_student_is_not_changed_by_the_next_adaptation(parts: Parts) -> None:
+    adapter, fresh = parts.adapter(), batch()
+    student = adapter.adapt(batch())
+    before = student.logits(fresh)
+    adapter.adapt(batch() + 1)
+    assert torch.equal(student.logits(fresh), before)
+
+
+def test_two_threads_adapting_at_once_give_what_one_after_the_other_gives(parts: Parts) -> None:
+    adapter, fresh = parts.adapter(inner_steps=3, expert_batch_norm="batch"), batch(20)
+    domains = [batch(24) + shift for shift in range(16)]
+
+    def adapt(images: Tensor) -> Tensor:
+        return adapter.adapt(images).logits(fresh)
+
+    expected = [adapt(images) for images in domains]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for found, one in zip(pool.map(adapt, domains), expected, strict=True):
+            assert torch.equal(found, one)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_adapting_does_not_depend_on_the_gradient_mode_around_it(parts: Parts, mode: Any) -> None:
+    adapter, x, fresh = parts.adapter(), batch(), batch()
+    expected = adapter.adapt(x).logits(fresh)
+    with mode():
+        assert torch.equal(adapter.adapt(x).logits(fresh), expected)
+
+
+def test_frozen_features_are_adapted_too(parts: Parts) -> None:
+    x, fresh = batch(), batch()
+    expected = parts.adapter().adapt(x).logits(fresh)
+    parts.features.requires_grad_(False)
+    assert torch.equal(parts.adapter().adapt(x).logits(fresh), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6), (0, 2, 6, 6), (5, 72), (1, 5, 2, 6, 6)])
+def test_what_is_not_a_batch_of_images_is_refused(parts: Parts, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[B, C, H, W\]"):
+        parts.adapter().adapt(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_predictions_are_a_softmax_unless_a_task_says_otherwise(parts: Parts) -> None:
+    fresh = batch()
+    student = parts.adapter().adapt(batch())
+    torch.testing.assert_close(student.predict(fresh), student.logits(fresh).softmax(dim=1))
+    regression = parts.adapter(task=Task("regression", num_outputs=K)).student
+    assert torch.equal(regression.predict(fresh), regression.logits(fresh))

@@ -1,0 +1,148 @@
+"""The protocol of testing: what is adapted to, what is predicted, and what is scored."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+
+from dmoe.data.base import DomainSplit
+from dmoe.evaluation import Evaluation, evaluate, table
+from dmoe.models.student import Student
+from dmoe.tasks import Task
+
+TASK = Task("multiclass", num_outputs=3)
+DOMAINS = torch.tensor([7, 2, 7, 7, 2, 30, 7, 2, 7, 2])
+MEMBERS = {2: [1, 4, 7, 9], 7: [0, 2, 3, 6, 8], 30: [5]}
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 1, 0, 1, 1])
+
+
+class Numbered(DomainSplit):
+    """Image i is the number i; the domains are mixed up in the data set and their numbers have gaps."""
+
+    def __init__(self, labels: Tensor = LABELS) -> None:
+        self.labels, self.domains, self.group_domains = labels, DOMAINS, DOMAINS
+        self.domain_names: Mapping[int, str] = {}
+
+    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+        assert draw is None
+        return index.float().view(-1, 1, 1, 1)
+
+
+class Guess:
+    """A student that predicts (image number + first support image) modulo 3, so that what it was adapted to shows."""
+
+    def __init__(self, support: Tensor) -> None:
+        self.offset = int(support.flatten()[0])
+
+    def logits(self, images: Tensor, **_: Any) -> Tensor:
+        return torch.nn.functional.one_hot((images.flatten().long() + self.offset) % 3, 3).float()
+
+
+class Recorder:
+    """A method that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.supports: list[list[int]] = []
+
+    def adapt(self, images: Tensor) -> Student:
+        self.supports.append(images.flatten().int().tolist())
+        return cast(Student, Guess(images))
+
+
+def evaluated(method: Recorder | None = None, *, support_size: int = 2, batch_size: int = 3, **settings: Any) -> Evaluation:
+    return evaluate(method or Recorder(), Numbered(), task=TASK, support_size=support_size, batch_size=batch_size, **settings)
+
+
+def guesses(offsets: Mapping[int, int]) -> Tensor:
+    """What all images are predicted as when the first support image of each domain has that number."""
+    return torch.tensor([(image + offsets[int(domain)]) % 3 for image, domain in enumerate(DOMAINS)])
+
+
+OWN_FIRST = {2: 1, 7: 0, 30: 5}
+
+
+def test_support_is_the_first_images_of_each_domain_in_data_set_order() -> None:
+    method = Recorder()
+    evaluated(method)
+    assert sorted(method.supports) == [[0, 2], [1, 4], [5]]
+
+
+def test_a_domain_smaller_than_the_support_is_adapted_to_with_what_it_has() -> None:
+    method = Recorder()
+    evaluated(method, support_size=100)
+    assert sorted(method.supports) == sorted(MEMBERS.values())
+
+
+def test_all_images_are_predicted_by_the_student_of_their_domain() -> None:
+    assert torch.equal(evaluated().predictions, guesses(OWN_FIRST))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_the_batch_size_changes_nothing(batch_size: int) -> None:
+    assert evaluated(batch_size=batch_size).overall == evaluated().overall
+
+
+def test_metrics_are_those_of_the_pooled_predictions() -> None:
+    found, predictions = evaluated(), guesses(OWN_FIRST)
+    assert found.overall["accuracy"] == pytest.approx(accuracy_score(LABELS, predictions))
+    assert found.overall["macro_f1"] == pytest.approx(f1_score(LABELS, predictions, average="macro"))
+    assert found.score == found.overall["accuracy"]
+
+
+def test_metrics_of_a_domain_are_those_of_its_images() -> None:
+    found, predictions = evaluated(), guesses(OWN_FIRST)
+    expected = {domain: accuracy_score(LABELS[index], predictions[index]) for domain, index in MEMBERS.items()}
+    assert {domain: metrics["accuracy"] for domain, metrics in found.domains.items()} == pytest.approx(expected)
+    assert found.mean == pytest.approx(sum(expected.values()) / 3)
+    assert found.worst == pytest.approx(min(expected.values()))
+    assert found.mean != pytest.approx(found.score)  # small domains weigh as much as large ones in the one, not in the other
+
+
+def test_support_images_can_be_left_out_of_the_metrics() -> None:
+    found, predictions = evaluated(score_support=False), guesses(OWN_FIRST)
+    scored = [7, 9, 3, 6, 8]
+    assert found.overall["accuracy"] == pytest.approx(accuracy_score(LABELS[scored], predictions[scored]))
+    assert found.domains[2]["accuracy"] == pytest.approx(accuracy_score(LABELS[[7, 9]], predictions[[7, 9]]))
+    assert torch.equal(found.predictions, predictions)
+
+
+def test_a_domain_with_nothing_but_support_is_left_out_when_support_is_not_scored() -> None:
+    assert set(evaluated(score_support=False).domains) == {2, 7}
+    assert set(evaluated(score_support=True).domains) == {2, 7, 30}
+
+
+def test_support_can_be_taken_from_another_domain() -> None:
+    method = Recorder()
+    found = evaluated(method, support_from={2: 7, 7: 30, 30: 2})
+    assert sorted(method.supports) == [[0, 2], [1, 4], [5]]
+    assert torch.equal(found.predictions, guesses({2: 0, 7: 5, 30: 1}))
+
+
+def test_predictions_of_a_regression_are_values() -> None:
+    class Half:
+        def logits(self, images: Tensor, **_: Any) -> Tensor:
+            return images.flatten(1) / 2
+
+    class Method:
+        def adapt(self, images: Tensor) -> Student:
+            return cast(Student, Half())
+
+    task = Task("regression", num_outputs=1, selection_metric="negative_mse")
+    split = Numbered(labels=torch.arange(10) / 2 + 1)
+    found = evaluate(Method(), split, task=task, support_size=1, batch_size=4)
+    assert found.predictions.tolist() == [i / 2 for i in range(10)]
+    assert found.score == pytest.approx(-1)
+
+
+def test_the_table_has_a_row_a_domain_and_the_mean_and_the_worst_at_its_end() -> None:
+    one, other = evaluated(), evaluated(support_from={2: 7, 7: 30, 30: 2})
+    lines = [line.split() for line in table(["own", "other"], [one, other], {2: "two", 7: "seven"}).splitlines()]
+    assert lines[0] == ["domain", "own", "other"]
+    assert [line[0] for line in lines[2:5]] == ["two", "seven", "30"]
+    for line, domain in zip(lines[2:5], (2, 7, 30), strict=True):
+        assert line[1:] == [f"{100 * e.domains[domain]['accuracy']:.1f}" for e in (one, other)]
+    assert lines[6] == ["mean", f"{100 * one.mean:.1f}", f"{100 * other.mean:.1f}"]
+    assert lines[7] == ["worst", "domain", f"{100 * one.worst:.1f}", f"{100 * other.worst:.1f}"]

@@ -1,0 +1,120 @@
+"""Adam's schedules against formulas, and its steps against torch's own."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmoe.config import Duration, OptimizerConfig
+from dmoe.optimizers import ScheduledAdam
+
+STEPS, PER_EPOCH = 40, 10
+
+
+def scheduled(parameters: list[Tensor], **fields: Any) -> ScheduledAdam:
+    return ScheduledAdam(parameters, OptimizerConfig(**{"lr": 0.1, **fields}), steps=STEPS, steps_per_epoch=PER_EPOCH)
+
+
+def rates(**fields: Any) -> list[float]:
+    adam = scheduled([torch.zeros(1, requires_grad=True)], **fields)
+    return [adam.learning_rate(step) for step in range(STEPS)]
+
+
+def steps_of(adam: ScheduledAdam, gradients: list[Tensor], start: int = 0) -> list[float]:
+    norms = []
+    for number, gradient in enumerate(gradients, start):
+        adam.parameters[0].grad = gradient.clone()
+        norms.append(adam.step(number))
+    return norms
+
+
+def after_torch_adam(gradients: list[Tensor], lr: float = 0.1, **settings: Any) -> Tensor:
+    value = torch.ones(3, requires_grad=True)
+    adam = torch.optim.Adam([value], lr=lr, **settings)
+    for gradient in gradients:
+        value.grad = gradient
+        adam.step()
+    return value.detach()
+
+
+@pytest.fixture
+def gradients() -> list[Tensor]:
+    return [torch.tensor([3.0, -4.0, 0.0]), torch.tensor([0.1, 0.2, -0.2]), torch.tensor([-6.0, 0.0, 8.0])]
+
+
+def test_a_constant_rate_does_not_change() -> None:
+    assert rates() == [0.1] * STEPS
+
+
+def test_an_exponential_rate_falls_once_an_epoch() -> None:
+    expected = [0.1 * 0.5**epoch for epoch in range(4) for _ in range(PER_EPOCH)]
+    assert rates(schedule="exponential", decay_per_epoch=0.5) == pytest.approx(expected)
+
+
+def test_a_cosine_rate_falls_to_nothing_at_the_end_of_the_training() -> None:
+    found = rates(schedule="cosine")
+    assert found == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 40)) for step in range(STEPS)])
+    assert found[0] == pytest.approx(0.1)
+    assert found[20] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("warmup", ["5 steps", "0.5 epochs"])
+def test_warm_up_is_a_linear_rise_to_the_full_rate(warmup: str) -> None:
+    assert rates(warmup=Duration.parse(warmup)) == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1] + 35 * [0.1])
+
+
+def test_warm_up_multiplies_whatever_schedule_there_is() -> None:
+    expected = [0.1 * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(STEPS)]
+    assert rates(schedule="cosine", warmup=Duration.parse("1 epoch")) == pytest.approx(expected)
+
+
+def test_steps_are_those_of_torchs_adam_at_the_scheduled_rate(gradients: list[Tensor]) -> None:
+    value = torch.ones(3, requires_grad=True)
+    steps_of(scheduled([value], l2=0.3), gradients)
+    assert torch.equal(value, after_torch_adam(gradients, weight_decay=0.3))
+
+
+def test_a_step_uses_the_rate_of_its_number(gradients: list[Tensor]) -> None:
+    value = torch.ones(3, requires_grad=True)
+    steps_of(scheduled([value], schedule="exponential", decay_per_epoch=0.5), gradients, start=PER_EPOCH)
+    assert torch.equal(value, after_torch_adam(gradients, lr=0.05))
+
+
+def test_gradients_are_scaled_down_to_the_norm_allowed(gradients: list[Tensor]) -> None:
+    value = torch.ones(3, requires_grad=True)
+    steps_of(scheduled([value], max_gradient_norm=1.0), gradients)
+    clipped = [g / max(1.0, g.norm().item()) for g in gradients]
+    torch.testing.assert_close(value.detach(), after_torch_adam(clipped), rtol=1e-5, atol=1e-6)
+    assert (value.detach() - after_torch_adam(gradients)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_the_norm_told_is_the_one_before_clipping(gradients: list[Tensor], limit: float | None) -> None:
+    adam = scheduled([torch.ones(3, requires_grad=True)], max_gradient_norm=limit)
+    assert steps_of(adam, gradients) == pytest.approx([5.0, 0.3, 10.0])
+
+
+def test_gradients_of_all_parameters_are_clipped_together() -> None:
+    one, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    adam = scheduled([one, other], max_gradient_norm=1.0)
+    one.grad, other.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert adam.step(0) == pytest.approx(5.0)
+
+
+def test_a_step_clears_the_gradients(gradients: list[Tensor]) -> None:
+    adam = scheduled([torch.ones(3, requires_grad=True)])
+    steps_of(adam, gradients)
+    assert adam.parameters[0].grad is None
+
+
+def test_a_restart_forgets_the_moments(gradients: list[Tensor]) -> None:
+    value = torch.ones(3, requires_grad=True)
+    adam = scheduled([value])
+    steps_of(adam, gradients)
+    with torch.no_grad():
+        value.fill_(1)
+    adam.restart()
+    steps_of(adam, gradients[1:])
+    assert torch.equal(value, after_torch_adam(gradients[1:]))

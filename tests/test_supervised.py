@@ -1,0 +1,157 @@
+"""The supervised loop: what it computes, and that being cut off does not change it, dropout included."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmoe.artifacts import load_tensors
+from dmoe.config import TrainingConfig
+from dmoe.data.streams import EpochOrder
+from dmoe.loop import Progress
+from dmoe.run_folder import Stage
+from dmoe.supervised import train_supervised
+from dmoe.tasks import Task
+
+RANDOM = torch.Generator().manual_seed(0)
+INPUTS, LABELS = torch.randn(40, 5, generator=RANDOM), torch.randint(3, (40,), generator=RANDOM)
+ORDER = EpochOrder(40, 8, 1)
+TRAINING = TrainingConfig.model_validate(
+    {
+        "batch_size": 8,
+        "duration": "3 epochs",
+        "evaluate_every": "4 steps",
+        "optimizer": {"lr": 0.02, "l2": 0.01, "schedule": "exponential", "warmup": "4 steps"},
+    }
+)
+
+
+class CutOffError(Exception):
+    """Stands for a process that ends here."""
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    index = ORDER[step]
+    return INPUTS[index], LABELS[index]
+
+
+def network(dropout: float = 0.5) -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
+
+
+def train(
+    folder: Path,
+    module: nn.Module,
+    *,
+    cut_before: int = -1,
+    seed: int = 1,
+    training: TrainingConfig = TRAINING,
+    scored: bool = True,
+) -> tuple[Progress, dict[str, Tensor]]:
+    passes = iter(range(1000))
+
+    def logits(inputs: Tensor) -> Tensor:
+        if module.training and next(passes) == cut_before:
+            raise CutOffError
+        return module(inputs)
+
+    def evaluate() -> float:
+        with torch.no_grad():
+            return -F.cross_entropy(module(INPUTS), LABELS).item()
+
+    stage = Stage(folder, {"seed": seed})
+    progress = train_supervised(
+        stage=stage,
+        module=module,
+        logits=logits,
+        batch=batch,
+        steps_per_epoch=ORDER.steps_per_epoch,
+        task=Task("multiclass", num_outputs=3),
+        training=training,
+        evaluate=evaluate if scored else None,
+        checkpoint_every=3,
+        seed=seed,
+        device=torch.device("cpu"),
+    )
+    return progress, load_tensors(stage.weights)[0]
+
+
+def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 7, 8, 13, 14])
+def test_cut_off_and_resumed_with_dropout_is_bit_equal(tmp_path: Path, step: int) -> None:
+    progress, weights = train(tmp_path / "undisturbed", network())
+    with pytest.raises(CutOffError):
+        train(tmp_path / "cut", network(), cut_before=step)
+    torch.manual_seed(12345)  # another process has another global random state
+    resumed_progress, resumed = train(tmp_path / "cut", network())
+    assert equal(resumed, weights)
+    assert resumed_progress.scores == progress.scores
+
+
+def test_dropout_is_on_in_training_and_depends_on_the_seed(tmp_path: Path) -> None:
+    weights = [train(tmp_path / str(seed), network(), seed=seed, scored=False)[1] for seed in (1, 2)]
+    assert not equal(*weights)
+
+
+def test_without_dropout_the_seed_does_not_matter(tmp_path: Path) -> None:
+    weights = [train(tmp_path / str(seed), network(dropout=0.0), seed=seed)[1] for seed in (1, 2)]
+    assert equal(*weights)
+
+
+def test_training_is_adam_on_the_task_loss_by_the_schedule(tmp_path: Path) -> None:
+    module = network(dropout=0.0)
+    module.train()
+    adam = torch.optim.Adam(module.parameters(), lr=0.02, weight_decay=0.01)
+    for step in range(15):
+        adam.param_groups[0]["lr"] = 0.02 * min(1.0, (step + 1) / 4) * 0.96 ** (step // 5)
+        inputs, labels = batch(step)
+        adam.zero_grad()
+        F.cross_entropy(module(inputs), labels).backward()
+        adam.step()
+    _, weights = train(tmp_path, network(dropout=0.0), scored=False)
+    assert weights.keys() == {f"model.{name}" for name in module.state_dict()}
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(weights[f"model.{name}"], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_duration_in_epochs_is_so_many_passes_over_the_images(tmp_path: Path) -> None:
+    progress, _ = train(tmp_path, network())
+    assert progress.step == 15
+    assert [step for step, _ in progress.scores] == [4, 8, 12, 15]
+
+
+def test_module_ends_in_eval_mode_with_the_best_weights(tmp_path: Path) -> None:
+    module = network()
+    progress, weights = train(tmp_path, module)
+    assert not module.training
+    assert equal({f"model.{name}": tensor for name, tensor in module.state_dict().items()}, weights)
+    with torch.no_grad():
+        assert -F.cross_entropy(module(INPUTS), LABELS).item() == pytest.approx(progress.best_score)
+    assert progress.best_score == max(score for _, score in progress.scores)
+
+
+def test_evaluating_leaves_the_trained_weights_as_they_are(tmp_path: Path) -> None:
+    often = TRAINING.model_copy(update={"evaluate_every": TRAINING.evaluate_every.parse("1 step")})
+    _, weights = train(tmp_path / "never", network(), scored=False)
+    module = network()
+    progress, best = train(tmp_path / "often", module, training=often)
+    last_is_best = progress.best_step == 15
+    assert last_is_best == equal(best, weights)
+    checkpoint = load_tensors(tmp_path / "often" / "checkpoint.safetensors")[0]
+    assert all(torch.equal(checkpoint[name], weights[name]) for name in weights)
+
+
+def test_parameter_without_gradient_is_left_alone(tmp_path: Path) -> None:
+    module = network()
+    module.unused = nn.Linear(2, 2)
+    module.forward = lambda inputs: nn.Sequential(*list(module)[:5])(inputs)  # type: ignore[method-assign]
+    before = module.unused.weight.detach().clone()
+    train(tmp_path, module)
+    assert torch.equal(module.unused.weight, before)

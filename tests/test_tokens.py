@@ -1,0 +1,184 @@
+"""The token store: exact, resumable, rebuilt when its inputs change."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmoe.data.base import DomainSplit
+from dmoe.errors import UserError
+from dmoe.models.expert_pool import ExpertPool
+from dmoe.models.networks import SmallConv
+from dmoe.run_folder import Stage
+from dmoe.tokens import TokenStore, build_store
+
+IMAGES, BATCH, WIDTH, LOST_AT_MOST = 300, 4, 8, 20
+"""The last: batches since the last note of how far it got."""
+
+
+class KilledError(Exception):
+    """Stands for a process that ends here."""
+
+
+class Pictures(DomainSplit):
+    def __init__(self) -> None:
+        self._images = torch.rand(IMAGES, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.labels = self.domains = self.group_domains = torch.zeros(IMAGES, dtype=torch.int64)
+        self.domain_names = {0: "all"}
+
+    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+        assert draw is None, "tokens are of the stored view"
+        return self._images[index]
+
+
+class CountingPool(ExpertPool):
+    """Counts the images that it is shown; after ``stop_after`` of them its process is killed."""
+
+    def __init__(self, experts: Iterator[nn.Module], stop_after: int = IMAGES) -> None:
+        super().__init__(experts)
+        self.seen, self._stop_after = 0, stop_after
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.seen + len(images) > self._stop_after:
+            raise KilledError
+        self.seen += len(images)
+        return super().forward(images)
+
+
+def pool(stop_after: int = IMAGES) -> CountingPool:
+    torch.manual_seed(0)
+    return CountingPool((SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3)), stop_after)
+
+
+def build(folder: Path, experts: ExpertPool, **inputs: object) -> TokenStore:
+    return build_store(
+        Stage(folder, {"seed": 1, **inputs}),
+        split=Pictures(),
+        pool=experts,
+        width=WIDTH,
+        batch_size=BATCH,
+        device=torch.device("cpu"),
+    )
+
+
+def kill_after(folder: Path, images: int) -> CountingPool:
+    experts = pool(stop_after=images)
+    with pytest.raises(KilledError):
+        build(folder, experts)
+    return experts
+
+
+@pytest.fixture
+def live() -> Tensor:
+    """Tokens of all images, computed live in the same batches."""
+    experts, split = pool(), Pictures()
+    return torch.cat([experts(split.images(index)) for index in torch.arange(IMAGES).split(BATCH)])
+
+
+def test_stored_tokens_are_live_tokens_to_the_bit(tmp_path: Path, live: Tensor) -> None:
+    store = build(tmp_path, pool())
+    assert store[torch.arange(IMAGES)].dtype == torch.float32
+    assert torch.equal(store[torch.arange(IMAGES)], live)
+
+
+def test_tokens_come_in_the_order_that_is_asked_for(tmp_path: Path, live: Tensor) -> None:
+    index = torch.tensor([299, 0, 17, 17])
+    assert torch.equal(build(tmp_path, pool())[index], live[index])
+
+
+def test_store_has_a_token_of_every_expert_for_every_image(tmp_path: Path) -> None:
+    store = build(tmp_path, pool())
+    assert len(store) == IMAGES
+    assert store[torch.tensor([5, 6])].shape == (2, 3, WIDTH)
+
+
+def test_tokens_in_use_can_be_changed_without_changing_the_store(tmp_path: Path, live: Tensor) -> None:
+    store = build(tmp_path, pool())
+    store[torch.arange(10)].zero_()
+    assert torch.equal(store[torch.arange(10)], live[:10])
+
+
+def test_finished_store_is_opened_without_asking_an_expert(tmp_path: Path, live: Tensor) -> None:
+    build(tmp_path, pool())
+    again = pool()
+    assert torch.equal(build(tmp_path, again)[torch.arange(IMAGES)], live)
+    assert again.seen == 0
+
+
+def test_store_is_rebuilt_when_its_inputs_change(tmp_path: Path) -> None:
+    build(tmp_path, pool())
+    torch.manual_seed(1)
+    others = CountingPool(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3))
+    store = build(tmp_path, others, seed=2)
+    assert others.seen == IMAGES
+    first = torch.arange(BATCH)
+    assert torch.equal(store[first], ExpertPool(others.experts)(Pictures().images(first)))
+
+
+def test_half_built_store_is_not_taken_for_a_whole_one(tmp_path: Path, live: Tensor) -> None:
+    kill_after(tmp_path, 10 * BATCH)
+    assert torch.equal(build(tmp_path, pool())[torch.arange(IMAGES)], live)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 21, 50, 74])
+def test_killed_building_goes_on_without_repeating_what_is_there(tmp_path: Path, live: Tensor, batches: int) -> None:
+    kill_after(tmp_path, batches * BATCH)
+    again = pool()
+    assert torch.equal(build(tmp_path, again)[torch.arange(IMAGES)], live)
+    assert again.seen <= IMAGES - max(0, batches - LOST_AT_MOST) * BATCH
+
+
+def test_building_that_is_killed_twice_keeps_what_both_visits_did(tmp_path: Path, live: Tensor) -> None:
+    first = kill_after(tmp_path, 23 * BATCH)
+    second = kill_after(tmp_path, 45 * BATCH)
+    again = pool()
+    assert torch.equal(build(tmp_path, again)[torch.arange(IMAGES)], live)
+    assert again.seen <= IMAGES - (first.seen + second.seen) + 2 * LOST_AT_MOST * BATCH
+
+
+def test_half_built_store_of_other_inputs_is_begun_anew(tmp_path: Path) -> None:
+    kill_after(tmp_path, 60 * BATCH)
+    again = pool()
+    build(tmp_path, again, seed=2)
+    assert again.seen == IMAGES
+
+
+def test_half_built_store_whose_file_is_gone_is_begun_anew(tmp_path: Path, live: Tensor) -> None:
+    kill_after(tmp_path, 60 * BATCH)
+    (tmp_path / "tokens.npy").unlink()
+    assert torch.equal(build(tmp_path, pool())[torch.arange(IMAGES)], live)
+
+
+def test_store_whose_file_is_gone_is_built_anew(tmp_path: Path, live: Tensor) -> None:
+    build(tmp_path, pool())
+    (tmp_path / "tokens.npy").unlink()
+    assert torch.equal(build(tmp_path, pool())[torch.arange(IMAGES)], live)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-1], lambda content: content[:50], lambda content: b"", lambda content: b"\0" * len(content)],
+    ids=["one byte short", "cut off in the header", "empty", "zeros"],
+)
+def test_damaged_file_is_told_in_one_line_with_what_to_do(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    build(tmp_path, pool())
+    path = tmp_path / "tokens.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, pool())
+    message = str(caught.value)
+    assert message.startswith(f"{path}: damaged")
+    assert f"delete {tmp_path} to make it again" in message
+    assert "\n" not in message
+
+
+def test_file_of_another_shape_is_told_in_one_line(tmp_path: Path) -> None:
+    build(tmp_path, pool())
+    torch.manual_seed(0)
+    fewer = CountingPool(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(2))
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, fewer)
+    assert str(caught.value).startswith(f"{tmp_path / 'tokens.npy'}: holds (300, 3, 8) float32, expected (300, 2, 8)")
+    assert "\n" not in str(caught.value)
