@@ -51,7 +51,7 @@ class Adapter:
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
         """What the experts together would have the student's features of ``images`` be, ``[B, D]``."""
-        target: Tensor = self._aggregator(self._experts(images))
+        target: Tensor = self._aggregator(self._experts(images.to(self.student.device)))
         return target
 
     def adapt(self, images: Tensor) -> Student:
@@ -61,7 +61,7 @@ class Adapter:
             images: ``[B, C, H, W]``, unlabeled, of that domain.
 
         Raises:
-            ValueError: ``images`` is not a batch of at least one image.
+            ValueError: ``images`` is not a batch of at least one image, or its targets are not as wide as its features.
         """
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")

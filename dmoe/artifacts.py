@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +29,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether the file is one that :func:`written_whole` is writing, in this process or another."""
+    return path.name.startswith(".") and path.suffix == ".part"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -59,11 +66,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the facts of a safetensors file.
+    """The tensors (on the CPU) and the facts of a safetensors file; a ``.pth`` file of a state dict has no facts.
 
     Raises:
-        UserError: the file is missing or cut off.
+        UserError: the file is missing, cut off, or holds anything but tensors.
     """
+    if path.suffix in (".pth", ".pt"):
+        return _load_state_dict(path), {}
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
@@ -73,6 +82,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError, ValueError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({why}): delete it or bring it again") from None
+
+
+def _load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Foreign weights: nothing in the file can run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights file") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a whole file of plain tensors ({why})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path}: must hold a state dict, named tensors and nothing else")
+    return dict(content)
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:

@@ -26,7 +26,8 @@ class Duration:
         return round(self.count * (steps_per_epoch if self.unit == "epochs" else 1))
 
     def __str__(self) -> str:
-        return f"{self.count:g} {self.unit}"
+        whole = float(self.count).is_integer()
+        return f"{int(self.count) if whole else self.count} {self.unit}"
 
     @classmethod
     def parse(cls, text: Any) -> "Duration":
@@ -55,7 +56,7 @@ NO_STEPS = Duration(0, "steps")
 class Section(BaseModel):
     """Fields that nobody may misspell or change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class OptimizerConfig(Section):
@@ -69,7 +70,7 @@ class OptimizerConfig(Section):
     decay_per_epoch: Annotated[float, Field(gt=0, le=1)] = 0.96
     """Factor of the exponential schedule, applied once an epoch."""
     warmup: Duration = NO_STEPS
-    """Linear rise from 0 at the start, whatever the schedule."""
+    """Linear rise from 0 to ``lr``, before the schedule; a cosine falls from there to 0 at the end."""
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients are scaled down to this L2 norm; null: never."""
 
@@ -258,9 +259,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
 def _set(content: dict[str, Any], keys: tuple[str, ...], value: Any, origins: dict[tuple[str, ...], str]) -> None:
     section = content
     for key in keys[:-1]:
-        section = section.setdefault(key, {})
-        if not isinstance(section, dict):
+        inner = section.get(key)
+        if inner is not None and not isinstance(inner, dict):
             raise UserError(f"command line: {'.'.join(keys)}: {key} is a single value, it has no fields")
+        section[key] = dict(inner or {})  # a copy: two sections may share one by a YAML anchor
+        section = section[key]
     section[keys[-1]] = value
     origins[keys] = "command line"
 
@@ -275,6 +278,7 @@ _PHRASES = {
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
+    "finite_number": "must be a finite number",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmoe.data.base import DomainSplit
+from dmoe.errors import UserError
 from dmoe.models.student import Student
 from dmoe.tasks import Task
 
@@ -70,6 +71,9 @@ def evaluate(
     Args:
         score_support: whether the support images count in the metrics; a domain with no others is then left out of them.
         support_from: another domain to take the support images from, by domain: a control.
+
+    Raises:
+        UserError: support images are not scored and no domain has any others.
     """
     predictions = torch.zeros(len(split), dtype=torch.float32 if task.kind == "regression" else torch.int64)
     scored: list[Tensor] = []
@@ -83,6 +87,8 @@ def evaluate(
         if len(counted):
             scored.append(counted)
             domains[domain] = task.metrics(predictions[counted], split.labels[counted])
+    if not scored:
+        raise UserError(f"evaluation.support_size: no domain has more than {support_size} images, and none is left to score")
     together = torch.cat(scored)
     return Evaluation(task, task.metrics(predictions[together], split.labels[together]), domains, predictions)
 

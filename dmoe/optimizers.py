@@ -29,12 +29,13 @@ class ScheduledAdam:
         """The learning rate of a step, counted from 0."""
         config = self._config
         warmup = config.warmup.steps(self._steps_per_epoch)
-        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        if step < warmup:
+            return config.lr * (step + 1) / warmup
         if config.schedule == "exponential":
-            rise *= config.decay_per_epoch ** (step // self._steps_per_epoch)
-        elif config.schedule == "cosine":
-            rise *= 0.5 * (1 + math.cos(math.pi * step / self._steps))
-        return config.lr * rise
+            return config.lr * config.decay_per_epoch ** (step // self._steps_per_epoch)
+        if config.schedule == "cosine":
+            return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self._steps - warmup)))
+        return config.lr
 
     def step(self, step: int) -> float:
         """Apply the gradients that the parameters hold, clear them, and return their norm before clipping."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dmoe.artifacts import digest_of_facts, digest_of_file, read_json, write_json, written_whole
+from dmoe.artifacts import digest_of_facts, digest_of_file, is_unfinished, read_json, write_json, written_whole
 from dmoe.config import Config, differences, validate_config
 from dmoe.errors import UserError
 
@@ -119,7 +119,7 @@ class RunFolder:
                 more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
                 raise UserError(f"{self.path}: made by another configuration, {other[0]}{more}: choose another --run_dir")
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(not is_unfinished(entry) for entry in self.path.iterdir())):
             raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): choose another --run_dir")
         try:
             with written_whole(recorded) as beside:

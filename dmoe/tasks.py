@@ -21,12 +21,17 @@ class Task:
     Attributes:
         kind: which of the three.
         num_outputs: K, the width of the head.
-        selection_metric: the key of :meth:`metrics` by which checkpoints are chosen; higher is better.
+        selection_metric: the key of :meth:`metrics` by which checkpoints are chosen, higher is better; left out, it is the
+            accuracy, or the negative squared error.
     """
 
     kind: TaskKind
     num_outputs: int
-    selection_metric: str = "accuracy"
+    selection_metric: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.selection_metric:
+            object.__setattr__(self, "selection_metric", "negative_mse" if self.kind == "regression" else "accuracy")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean task loss of logits ``[B, K]`` against labels ``[B]``."""

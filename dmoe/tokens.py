@@ -21,6 +21,8 @@ from dmoe.models.expert_pool import ExpertPool
 from dmoe.run_folder import Stage
 
 TOKENS = "tokens.npy"
+BATCHES_BETWEEN_NOTES = 20
+"""How many batches a kill can cost at most."""
 
 
 class TokenStore:
@@ -66,11 +68,11 @@ def build_store(
     try:
         array = _open(path, shape, mode="r+") if first else open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         with progress_bar(stage.name, total=len(split), start=first, unit="image") as bar:
-            for index in torch.arange(first, len(split)).split(batch_size):
+            for count, index in enumerate(torch.arange(first, len(split)).split(batch_size), start=1):
                 tokens = pool(split.images(index).to(device)).cpu()
                 array[index[0] : index[-1] + 1] = tokens.numpy()
                 bar.update(len(index))
-                if bar.n % (20 * batch_size) < batch_size:
+                if count % BATCHES_BETWEEN_NOTES == 0:
                     array.flush()
                     write_json(partial, {"key": stage.key, "images": int(index[-1]) + 1})
         array.flush()

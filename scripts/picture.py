@@ -1,14 +1,22 @@
 """The README's picture: what a finished run on the embedded digits sees and says, before and after adapting.
 
-    python scripts/picture.py runs/digits docs/digits.png
+python scripts/picture.py runs/digits docs/digits.png
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from matplotlib.figure import SubFigure
+
+    from dmoe import Model
+    from dmoe.data.base import DomainSplit
+    from dmoe.models.student import Student
 
 SHOWN_DOMAINS = (90, 271, 330, 451, 631)
 SHOWN_IMAGES = 12
@@ -30,7 +38,6 @@ def draw(run_dir: Path, picture: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    import torch
 
     import dmoe
     from dmoe.artifacts import load_tensors, under_prefix
@@ -45,16 +52,24 @@ def draw(run_dir: Path, picture: Path) -> None:
     network.load_state_dict(under_prefix("model", load_tensors(run_dir / "student" / "weights.safetensors")[0]))
     erm = Student(features=network.features, head=network.head, task=dataset.task)
 
-    rows = len(SHOWN_DOMAINS)
-    figure = plt.figure(figsize=(13, 1.25 * rows + 0.4), layout="constrained")
+    figure = plt.figure(figsize=(13, 1.25 * len(SHOWN_DOMAINS) + 0.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.3, 1))
-    grid = left.subplots(rows, SHOWN_IMAGES + 1, gridspec_kw={"width_ratios": [2.2] + [1] * SHOWN_IMAGES})
+    show_images(left, model, erm, split)
+    before, after = show_domains(right, model, erm, split)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110, facecolor="white")
+    print(f"{picture}: before mean {before:.1f}, after mean {after:.1f}")
+
+
+def show_images(panel: "SubFigure", model: "Model", erm: "Student", split: "DomainSplit") -> None:
+    """Some images of some unseen scanners, each with the prediction before and after."""
+    grid = panel.subplots(len(SHOWN_DOMAINS), SHOWN_IMAGES + 1, gridspec_kw={"width_ratios": [2.2] + [1] * SHOWN_IMAGES})
     for row, domain in enumerate(SHOWN_DOMAINS):
         members = split.members[domain]
         images, labels = split.images(members), split.labels[members]
         adapted = model.adapt(images[: model.config.support_size]).logits(images).argmax(1)
         plain = erm.logits(images).argmax(1)
-        changed = torch.where((adapted == labels) != (plain == labels))[0].tolist()
+        changed = ((adapted == labels) != (plain == labels)).nonzero().flatten().tolist()
         same = [i for i in range(len(members)) if i not in set(changed)]
         shown = sorted(changed[: SHOWN_IMAGES // 2] + same[: SHOWN_IMAGES - min(len(changed), SHOWN_IMAGES // 2)])
         grid[row, 0].axis("off")
@@ -72,7 +87,10 @@ def draw(run_dir: Path, picture: Path) -> None:
                 axis.text(place, 1.03, text, transform=axis.transAxes, ha="center", va="bottom", fontsize=9, color=colour)
             axis.text(0.5, 1.03, "→", transform=axis.transAxes, ha="center", va="bottom", fontsize=8, color="#888888")
 
-    axis = right.subplots()
+
+def show_domains(panel: "SubFigure", model: "Model", erm: "Student", split: "DomainSplit") -> tuple[float, float]:
+    """Accuracy on every unseen scanner; returns the means before and after, in percent."""
+    axis = panel.subplots()
     names, before, after = [], [], []
     for domain, members in split.members.items():
         images, labels = split.images(members), split.labels[members]
@@ -89,9 +107,7 @@ def draw(run_dir: Path, picture: Path) -> None:
     axis.set_xlabel("accuracy on unseen scanners (m: mirrored), %")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.09), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110, facecolor="white")
-    print(f"{picture}: before mean {sum(before) / len(before):.1f}, after mean {sum(after) / len(after):.1f}")
+    return sum(before) / len(before), sum(after) / len(after)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ def test_warm_up_is_a_linear_rise_to_the_full_rate(warmup: str) -> None:
     assert rates(warmup=Duration.parse(warmup)) == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1] + 35 * [0.1])
 
 
-def test_warm_up_multiplies_whatever_schedule_there_is() -> None:
-    expected = [0.1 * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(STEPS)]
+def test_a_cosine_falls_from_the_full_rate_once_warm_up_is_over() -> None:
+    rise = [0.1 * (step + 1) / 10 for step in range(10)]
+    expected = rise + [0.05 * (1 + math.cos(math.pi * step / 30)) for step in range(30)]
     assert rates(schedule="cosine", warmup=Duration.parse("1 epoch")) == pytest.approx(expected)
 
 

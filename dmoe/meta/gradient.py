@@ -2,7 +2,7 @@
 
 Everything is a pure function of tensors. Notation: theta, the student's feature parameters, and w, its head's, are
 dictionaries of tensors; ``features(theta, images)`` gives ``[B, D]`` and ``head(w, features)`` gives ``[B, K]``; the target t
-is ``[S, D]`` for S support images. Source: Zhong et al. 2022, algorithm 1; METHOD equations in the docstrings below.
+is ``[S, D]`` for S support images. Source: Zhong et al. 2022, algorithm 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = Mapping[str, Tensor]
 Apply = Callable[[Params, Tensor], Tensor]
@@ -39,7 +40,13 @@ class MetaGradient(NamedTuple):
 
 
 def distillation_loss(features: Tensor, target: Tensor) -> Tensor:
-    """L_in: the squared difference, averaged over all B x D entries."""
+    """L_in: the squared difference, averaged over all B x D entries.
+
+    Raises:
+        ValueError: the two have different shapes.
+    """
+    if features.shape != target.shape:
+        raise ValueError(f"features {list(features.shape)} and target {list(target.shape)} must have one shape")
     return (features - target).square().mean()
 
 
@@ -88,7 +95,8 @@ def meta_gradient(
     run = _forward_over_reverse if method == "forward_over_reverse" else _double_backward
     theta = {name: value.detach() for name, value in theta.items()}
     w = {name: value.detach() for name, value in w.items()}
-    return run(_Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has neither a second derivative nor a forward mode
+        return run(_Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps))
 
 
 class _Episode(NamedTuple):
@@ -148,13 +156,13 @@ def _double_backward(episode: _Episode) -> MetaGradient:
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
         inner_loss = distillation_loss(features(point, support), t)
-        gradients = torch.autograd.grad(inner_loss, list(point.values()), create_graph=True)
+        gradients = torch.autograd.grad(inner_loss, list(point.values()), create_graph=True, materialize_grads=True)
         point = {name: value - inner_lr * g for (name, value), g in zip(point.items(), gradients, strict=True)}
         inner_losses.append(inner_loss.detach())
     logits = head(head_leaves, features(point, query))
     outer_loss = loss(logits, labels)
     wanted = [*leaves.values(), *head_leaves.values(), t]
-    *found, dt = torch.autograd.grad(outer_loss, wanted)
+    *found, dt = torch.autograd.grad(outer_loss, wanted, materialize_grads=True)
     return MetaGradient(
         loss=outer_loss.detach(),
         inner_loss=inner_losses[0],

@@ -74,7 +74,7 @@ class MetaLearner:
 
     def add_gradients(self, episodes: Sequence[EpisodeBatch]) -> dict[str, float]:
         """Add the mean outer gradient of the episodes to ``.grad`` of theta, w and phi; returns scalars."""
-        totals = {"query_loss": 0.0, "inner_loss": 0.0, "query_accuracy": 0.0}
+        totals = {"query_loss": 0.0, "inner_loss": 0.0}
         for episode in episodes:
             target = self.aggregator(episode.tokens)
             found = meta_gradient(
@@ -103,7 +103,7 @@ class MetaLearner:
             totals["inner_loss"] += found.inner_loss.item() / len(episodes)
             if self._task.kind != "regression":
                 right = self._task.predictions(found.logits) == episode.labels
-                totals["query_accuracy"] += right.float().mean().item() / len(episodes)
+                totals["query_accuracy"] = totals.get("query_accuracy", 0.0) + right.float().mean().item() / len(episodes)
         return totals
 
     def update(

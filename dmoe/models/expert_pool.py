@@ -4,7 +4,7 @@ Notation: B images, N experts, D feature width; tokens ``[B, N, D]``.
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,24 @@ class ExpertPool(nn.Module):
     def __init__(self, experts: Iterable[nn.Module], *, batch_norm: BatchNormStatistics = "running") -> None:
         """
         Args:
-            experts: feature extractors, ``[B, C, H, W] -> [B, D]``, all of one width.
+            experts: at least one feature extractor, ``[B, C, H, W] -> [B, D]``, all of one width.
         """
         super().__init__()
         self.experts = nn.ModuleList(private_copy(expert) for expert in experts)
+        if not self.experts:
+            raise ValueError("an expert pool needs at least one expert")
+        self._batch_norm = batch_norm
         self.eval()
-        if batch_norm == "batch":
+
+    def train(self, mode: bool = True) -> Self:
+        """Experts are frozen: whatever ``mode``, dropout is off, and batch-norm goes by what was asked for."""
+        super().train(False)
+        if self._batch_norm == "batch":
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train()
+                    module.training = True
                     module.track_running_stats = False
+        return self
 
     def __len__(self) -> int:
         return len(self.experts)

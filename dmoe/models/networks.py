@@ -77,10 +77,10 @@ def build_network(
     Args:
         name: ``small_conv``; ``resnet18``, ``resnet50``, ``densenet121`` or ``mobilenet_v2`` of torchvision; ``timm:<model>``
             for any classifier of timm.
-        image_shape: ``(C, H, W)``. Pretrained weights are for three channels.
+        image_shape: ``(C, H, W)``. torchvision's pretrained weights are for three channels; timm's are fitted to others.
         num_outputs: K.
-        weights: ``none`` (random), ``pretrained`` (the library's, downloaded), or the path of a safetensors or ``.pth``
-            file that holds the tensors of ``features`` under the names that :class:`Network` gives them.
+        weights: ``none`` (random), ``pretrained`` (the library's, downloaded), or the path of a safetensors or
+            ``.pth`` file that holds the tensors of ``features`` under the names that :class:`Network` gives them.
         last_relu: DenseNet only, see :class:`PooledDenseNet`.
 
     Raises:
@@ -94,7 +94,7 @@ def build_network(
     elif name.startswith("timm:"):
         features = _timm_features(name.removeprefix("timm:"), image_shape, pretrained)
     elif name in _TORCHVISION:
-        features = _TORCHVISION[name](image_shape[0], pretrained, last_relu)
+        features = _torchvision_features(name, image_shape[0], pretrained, last_relu)
     else:
         known = ", ".join(["small_conv", *_TORCHVISION, "timm:<model>"])
         raise UserError(f"backbone.name: {name!r} is unknown; use one of {known}")
@@ -103,49 +103,41 @@ def build_network(
     return Network(features=features, head=nn.Linear(_feature_width(features, image_shape), num_outputs))
 
 
-def _resnet(name: str) -> Callable[[int, bool, bool], nn.Module]:
-    def build(channels: int, pretrained: bool, last_relu: bool) -> nn.Module:
-        net = _from_torchvision(name, pretrained)
-        if channels != 3:
-            _need_fresh(pretrained, channels)
-            net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-        stages = [net.layer1, net.layer2, net.layer3, net.layer4]
-        return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages, net.avgpool, nn.Flatten())
-
-    return build
+def _resnet(net: Any, last_relu: bool) -> nn.Module:
+    stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages, net.avgpool, nn.Flatten())
 
 
-def _densenet(channels: int, pretrained: bool, last_relu: bool) -> nn.Module:
-    net = _from_torchvision("densenet121", pretrained)
-    if channels != 3:
-        _need_fresh(pretrained, channels)
-        net.features.conv0 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+def _densenet(net: Any, last_relu: bool) -> nn.Module:
     return PooledDenseNet(net.features, last_relu=last_relu)
 
 
-def _mobilenet(channels: int, pretrained: bool, last_relu: bool) -> nn.Module:
-    net = _from_torchvision("mobilenet_v2", pretrained)
-    if channels != 3:
-        _need_fresh(pretrained, channels)
-        net.features[0][0] = nn.Conv2d(channels, 32, 3, stride=2, padding=1, bias=False)
+def _mobilenet(net: Any, last_relu: bool) -> nn.Module:
     return nn.Sequential(net.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-_TORCHVISION: dict[str, Callable[[int, bool, bool], nn.Module]] = {
-    "resnet18": _resnet("resnet18"),
-    "resnet50": _resnet("resnet50"),
-    "densenet121": _densenet,
-    "mobilenet_v2": _mobilenet,
+_TORCHVISION: dict[str, tuple[str, Callable[[Any, bool], nn.Module]]] = {
+    "resnet18": ("conv1", _resnet),
+    "resnet50": ("conv1", _resnet),
+    "densenet121": ("features.conv0", _densenet),
+    "mobilenet_v2": ("features.0.0", _mobilenet),
 }
+"""The first convolution, and how the model's modules become features."""
 
 
-def _from_torchvision(name: str, pretrained: bool) -> Any:
-    models = torchvision().models
+def _torchvision_features(name: str, channels: int, pretrained: bool, last_relu: bool) -> nn.Module:
+    if pretrained and channels != 3:
+        raise UserError(f"backbone.weights: pretrained weights are for 3 channels, the images have {channels}: use none")
     try:
-        net = models.get_model(name, weights="DEFAULT" if pretrained else None)
+        net = torchvision().models.get_model(name, weights="DEFAULT" if pretrained else None)
     except OSError as error:  # urllib's errors, and a full or read-only cache
         raise _no_weights(name, error) from error
-    return net
+    first_name, as_features = _TORCHVISION[name]
+    if channels != 3:
+        first = net.get_submodule(first_name)
+        fresh = nn.Conv2d(channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=False)
+        net.set_submodule(first_name, fresh)
+    return as_features(net, last_relu)
 
 
 def _timm_features(name: str, image_shape: tuple[int, int, int], pretrained: bool) -> nn.Module:
@@ -155,14 +147,20 @@ def _timm_features(name: str, image_shape: tuple[int, int, int], pretrained: boo
     if name not in timm.list_models():
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise UserError(f"backbone.name: timm has no model {name!r}; some it has: {near}")
-    sized = {"img_size": image_shape[1:]} if "vit" in name or "swin" in name else {}
+
+    def create(**size: tuple[int, ...]) -> nn.Module:
+        made: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image_shape[0], **size)
+        return made
+
     try:
-        features: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image_shape[0], **sized)
-    except (OSError, RuntimeError) as error:
+        try:
+            return create(img_size=image_shape[1:])
+        except TypeError:  # convolutional networks take any size, and no such argument
+            return create()
+    except Exception as error:  # whatever a model of a thousand thinks of its arguments, or of its missing weights
         if pretrained:
             raise _no_weights(name, error) from error
         raise UserError(f"backbone.name: timm cannot build {name!r} for images of {image_shape}: {_first_line(error)}") from error
-    return features
 
 
 def _no_weights(name: str, error: Exception) -> UserError:
@@ -176,17 +174,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _need_fresh(pretrained: bool, channels: int) -> None:
-    if pretrained:
-        raise UserError(f"backbone.weights: pretrained weights are for 3 channels, the images have {channels}: use none")
-
-
 def _feature_width(features: nn.Module, image_shape: tuple[int, int, int]) -> int:
     was_training = features.training
     try:
         with torch.no_grad():
             out = features.eval()(torch.zeros(1, *image_shape))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"backbone.name: it cannot take images of {image_shape}: {_first_line(error)}") from error
     features.train(was_training)
     return int(out.shape[1])

@@ -25,7 +25,11 @@ class Student:
         self.features, self.head, self.task = private_copy(features), private_copy(head), task
 
     def adapted(self, images: Tensor, target: Tensor, *, inner_lr: float, inner_steps: int = 1) -> "Student":
-        """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``."""
+        """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``.
+
+        Raises:
+            ValueError: the features of the images have another shape than the target.
+        """
         features = private_copy(self.features)  # functional_call swaps tensors inside the module while it runs
         buffers = dict(features.named_buffers())
         parameters = adapted_parameters(

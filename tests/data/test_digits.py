@@ -184,6 +184,22 @@ def test_source_digits_are_seen_with_jitter(noiseless: None) -> None:
     assert nearest(torch.rot90(here[:200], 1, dims=(2, 3)), quarter_on).median() > 0.5
 
 
+def test_fewer_source_images_are_the_first_of_each_domain_as_they_were(dataset: DomainDataset) -> None:
+    fewer, whole = dataset.with_fewer_source_images(50).splits["source"], dataset.splits["source"]
+    assert [len(members) for members in fewer.members.values()] == [50] * 24
+    for domain, members in fewer.members.items():
+        first = whole.members[domain][:50]
+        assert torch.equal(fewer.labels[members], whole.labels[first])
+        assert torch.equal(fewer.images(members), whole.images(first))
+        assert torch.equal(fewer.images(members, draw=3), whole.images(first, draw=3))
+
+
+def test_fewer_source_images_have_their_own_fingerprint_and_leave_the_other_splits_alone(dataset: DomainDataset) -> None:
+    fewer = dataset.with_fewer_source_images(50)
+    assert len({dataset.fingerprint, fewer.fingerprint, dataset.with_fewer_source_images(51).fingerprint}) == 3
+    assert (len(fewer.splits["validation"]), len(fewer.splits["target"])) == (4000, 24000)
+
+
 def test_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:

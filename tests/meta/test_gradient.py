@@ -13,7 +13,7 @@ from torch.func import functional_call
 from dmoe.meta.gradient import GradientMethod, MetaGradient, adapted_parameters, inner_step, meta_gradient
 from dmoe.meta.learner import EpisodeBatch, MetaLearner
 from dmoe.models.aggregator import Aggregator
-from dmoe.models.networks import Network
+from dmoe.models.networks import Network, build_network
 from dmoe.tasks import Task
 
 S, Q, D, K = 5, 4, 6, 3
@@ -217,3 +217,14 @@ def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: Gradient
         slope = sum(float((p.grad * d).sum()) for p, d in zip(phi, direction, strict=True) if p.grad is not None)
         assert slope == pytest.approx(central_difference(along), rel=1e-6, abs=1e-9)
         assert abs(slope) > 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_students_with_attention_can_be_meta_trained(method: GradientMethod) -> None:
+    student = build_network("timm:test_vit", image_shape=(3, 32, 32), num_outputs=3).double().eval()
+    aggregator = Aggregator(width=student.width, num_outputs=3, depth=1, heads=4, dropout=0.1).double()
+    learner = MetaLearner(student=student, aggregator=aggregator, task=Task("multiclass", 3), inner_lr=0.1, method=method)
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    tokens = torch.randn(3, 2, student.width, dtype=torch.float64)
+    learner.add_gradients([EpisodeBatch(images[:3], tokens, images[3:], torch.tensor([0, 1, 2]))])
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in aggregator.blocks.parameters())

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dmoe.artifacts import save_tensors
 from dmoe.errors import UserError
-from dmoe.models import networks
 from dmoe.models.networks import Network, build_network
 from dmoe.models.torchvision_import import torchvision
 
@@ -103,10 +102,8 @@ def test_an_unknown_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
-def test_pretrained_weights_for_eight_channels_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = networks._from_torchvision  # nothing is to be downloaded
-    monkeypatch.setattr(networks, "_from_torchvision", lambda name, pretrained: fresh(name, False))
-    with pytest.raises(UserError, match="8"):
+def test_pretrained_weights_for_eight_channels_are_refused_before_anything_is_downloaded(name: str) -> None:
+    with pytest.raises(UserError, match="for 3 channels, the images have 8"):
         build(name, channels=8, weights="pretrained")
 
 
@@ -133,3 +130,27 @@ def test_building_leaves_batch_norm_statistics_at_their_start() -> None:
 def test_a_fresh_network_is_in_training_mode() -> None:
     network = build_network("resnet18", image_shape=SHAPE, num_outputs=5)
     assert all(module.training for module in network.modules())
+
+
+@pytest.mark.parametrize("name", ["timm:deit_tiny_patch16_224", "timm:efficientvit_b0"])
+def test_timm_networks_with_and_without_a_fixed_size_are_built(name: str) -> None:
+    network = build_network(name, image_shape=(3, 64, 64), num_outputs=5)
+    assert network(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_plain_tensors_in_a_pth_file_are_loaded(tmp_path: Path) -> None:
+    theirs = build("resnet18")
+    torch.save(theirs.features.state_dict(), tmp_path / "weights.pth")
+    ours = build("resnet18", weights=str(tmp_path / "weights.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(theirs.features.parameters(), ours.features.parameters(), strict=True))
+
+
+class Nasty:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('ran')",)
+
+
+def test_code_in_a_pth_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"0.weight": Nasty()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="plain tensors"):
+        build("resnet18", weights=str(tmp_path / "weights.pth"))
