@@ -1,13 +1,13 @@
 """What both entry points share: flags, exit statuses, opening a run. Nothing heavy is imported until the flags are read."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dmoe.errors import UserError
+from dmoe.machine import choose_device, cores
 
 if TYPE_CHECKING:
     from dmoe.stages import Run
@@ -60,7 +60,7 @@ def open_run(options: argparse.Namespace, *, recorded: bool = False, fresh: bool
     if options.config is None and not path.exists():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
-    device = _device(options.gpu)
+    device = choose_device(options.gpu)
 
     import torch
 
@@ -70,7 +70,7 @@ def open_run(options: argparse.Namespace, *, recorded: bool = False, fresh: bool
 
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads: must be >= 1, got {options.threads}")
-    threads = config.experts.threads if as_expert and device == "cpu" else len(os.sched_getaffinity(0))
+    threads = config.experts.threads if as_expert and device == "cpu" else cores()
     torch.set_num_threads(options.threads or threads)
     dataset = load_dataset(config.dataset, config.data)
     source = dataset.splits["source"]
@@ -100,15 +100,3 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _device(gpu: int | None) -> str:
-    import torch
-
-    if gpu is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if gpu < 0:
-        return "cpu"
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu: no GPU {gpu} here, {torch.cuda.device_count()} visible; --gpu -1 runs without one")
-    return f"cuda:{gpu}"

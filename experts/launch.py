@@ -1,6 +1,5 @@
 """All experts of a run, side by side: a process each, one per GPU or as many as the cores can feed."""
 
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 
 from dmoe.console import progress_bar, say
 from dmoe.errors import UserError
+from dmoe.machine import cores
 from dmoe.stages import Run
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_single_expert.py"
@@ -50,7 +50,7 @@ def train_all_experts(run: Run, *, gpu: int | None = None, threads: int | None =
     if not waiting:
         say(f"experts: all {config.count} already finished from the same inputs ({run.folder.path / 'experts'})")
         return
-    places = _places(gpu, cores=threads or len(os.sched_getaffinity(0)), threads=config.threads)
+    places = _places(gpu, cores=threads or cores(), threads=config.threads)
     say(f"experts: {len(waiting)} of {config.count} to train, {min(len(places), len(waiting))} at a time")
     steps = _steps_of(run)
     total, finished_steps, failed = sum(steps[number] for number in waiting), 0, []

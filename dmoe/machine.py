@@ -1,0 +1,31 @@
+"""What this machine has to compute with."""
+
+import os
+
+from dmoe.errors import UserError
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_device(gpu: int | None) -> str:
+    """The device of ``--gpu``: that GPU, none for -1, and what there is where it was left out.
+
+    Raises:
+        UserError: no such GPU.
+    """
+    import torch
+
+    if gpu is None:
+        gpu = 0 if torch.cuda.is_available() else -1
+    if gpu < 0:
+        return "cpu"
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f"--gpu: no GPU {gpu} here, {torch.cuda.device_count()} visible; --gpu -1 runs without one")
+    torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
+    torch.backends.cudnn.benchmark = False
+    return f"cuda:{gpu}"
