@@ -1,6 +1,7 @@
 """What both entry points share: flags, exit statuses, opening a run. Nothing heavy is imported until the flags are read."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from dmoe.stages import Run
 
 WRONG_INPUT, INTERRUPTED = 2, 130
+
+# Read by the OpenMP runtime when torch is imported: threads that wait give up their core. Spinning ones make a busy machine
+# many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class _Parser(argparse.ArgumentParser):
