@@ -15,13 +15,12 @@ A stage that is already finished from the same inputs is skipped; one that was c
 
 def main() -> None:
     options = read_options()
-    run = open_run(options, recorded=options.test, fresh=not options.resume)
+    run = open_run(options, finished=options.test, fresh=not options.resume)
 
     from dmoe import stages
     from experts.launch import train_all_experts
 
     if not options.test:
-        stages.check(run)
         if not options.load_trained_experts:
             train_all_experts(run, gpu=options.gpu, threads=options.threads)
         experts = stages.load_experts(run)

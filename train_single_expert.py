@@ -1,6 +1,6 @@
 """One expert of one data set, for any scheduler to start on any GPU. It is written into the run folder that run.py uses."""
 
-from dmoe.command_line import open_run, parser, run_dir_of, run_main
+from dmoe.command_line import open_run, parser, run_main
 
 EPILOG = """example, one line a GPU, then the rest:
   python train_single_expert.py --dataset digits --gpu 0 --expert_idx 0
@@ -13,13 +13,10 @@ def main() -> None:
     made = parser(__doc__ or "", epilog=EPILOG)
     made.add_argument("--expert_idx", type=int, required=True, metavar="I", help="which expert, from 0")
     options = made.parse_intermixed_args()
-    started = (run_dir_of(options) / "config.yaml").exists()
-    run = open_run(options, recorded=started and not (options.dataset or options.config), as_expert=True)
+    run = open_run(options, expert=options.expert_idx)
 
-    from dmoe import stages
     from experts.training import train_expert
 
-    stages.check(run)
     train_expert(run, options.expert_idx)
 
 

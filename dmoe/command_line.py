@@ -43,13 +43,16 @@ def run_dir_of(options: argparse.Namespace) -> Path:
     return options.run_dir or Path("runs") / (options.dataset or (options.config.stem if options.config else "digits"))
 
 
-def open_run(options: argparse.Namespace, *, recorded: bool = False, fresh: bool = False, as_expert: bool = False) -> "Run":
-    """Read the configuration, claim the run folder, open the data set, share out its domains.
+def open_run(options: argparse.Namespace, *, finished: bool = False, fresh: bool = False, expert: int | None = None) -> "Run":
+    """Read the configuration, open the data set, share out its domains, check what can be checked, claim the run folder.
+
+    The configuration is the one recorded in the run folder, where there is one and the command line names no other.
 
     Args:
-        recorded: go by the configuration in the run folder (where there is one to go by), instead of a YAML file's.
+        finished: the folder must hold a run.
         fresh: refuse a folder that already holds a run.
-        as_expert: where the command line names no CPU threads, take as many as the configuration gives an expert.
+        expert: the one expert to be trained; the process then takes as many CPU threads as the configuration gives an expert,
+            where the command line does not say how many.
 
     Raises:
         UserError: anything about these is wrong.
@@ -59,9 +62,11 @@ def open_run(options: argparse.Namespace, *, recorded: bool = False, fresh: bool
 
     folder = RunFolder(run_dir_of(options))
     path = options.config or CONFIG_FOLDER / f"{options.dataset or 'digits'}.yaml"
-    if recorded:
+    recorded = folder.path / CONFIG_FILE
+    if finished:
         folder.config()  # says so where this is no run folder
-        path = folder.path / CONFIG_FILE
+    if finished or (recorded.exists() and not (options.dataset or options.config)):
+        path = recorded
     if options.config is None and not path.exists():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
@@ -71,22 +76,24 @@ def open_run(options: argparse.Namespace, *, recorded: bool = False, fresh: bool
 
     from dmoe.data.partition import partition, write_partition
     from dmoe.data.registry import load_dataset
-    from dmoe.stages import Run
+    from dmoe.stages import Run, check
 
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads: must be >= 1, got {options.threads}")
-    threads = config.experts.threads if as_expert and device == "cpu" else cores()
+    threads = config.experts.threads if expert is not None and device == "cpu" else cores()
     torch.set_num_threads(options.threads or threads)
     dataset = load_dataset(config.dataset, config.data)
     source = dataset.splits["source"]
     groups = partition(
         source.group_domains.unique().tolist(), count=config.experts.count, seed=config.seed, how=config.experts.partition
     )
+    run = Run(config=config, folder=folder, dataset=dataset, groups=groups, device=torch.device(device))
+    check(run, expert=expert)
     folder.claim(config, fresh=fresh)
     written = folder.path / "experts" / "partition.json"
     if not written.exists():
         write_partition(written, groups, dict(source.domain_names))
-    return Run(config=config, folder=folder, dataset=dataset, groups=groups, device=torch.device(device))
+    return run
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

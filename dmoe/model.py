@@ -1,5 +1,6 @@
 """A finished run as a model to use: ``dmoe.load(folder).adapt(images)``."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -50,7 +51,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
 def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Model:
     """:func:`load`, evaluating by ``config``, which differs from the run's own in how it is tested at most."""
     if not (run.path / DESCRIPTION).is_file():
-        way = f"python run.py --dataset {config.dataset} --run_dir {run.path}"
+        way = f"python run.py --run_dir {run.path}"
         raise UserError(f"{run.path}: the run is not finished (no {DESCRIPTION}): {way}")
     facts = read_json(run.path / DESCRIPTION)
     try:
@@ -121,4 +122,6 @@ def describe(run: RunFolder, dataset: DomainDataset) -> None:
     """Write beside the weights what :func:`load` cannot know from the configuration."""
     task = {"kind": dataset.task.kind, "num_outputs": dataset.task.num_outputs, "selection_metric": dataset.task.selection_metric}
     facts = {"task": task, "transform": dataset.transform.to_facts(), "class_names": list(dataset.class_names)}
-    write_json(run.path / DESCRIPTION, facts)
+    path = run.path / DESCRIPTION
+    if not path.exists() or read_json(path) != json.loads(json.dumps(facts)):
+        write_json(path, facts)

@@ -137,13 +137,15 @@ class Run:
         return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
 
 
-def check(run: Run) -> None:
+def check(run: Run, *, expert: int | None = None) -> None:
     """Find now what would otherwise be found after hours.
 
     Raises:
-        UserError: episodes do not fit the source domains, or the networks do not fit each other.
+        UserError: episodes do not fit the source domains, the networks do not fit each other, or there is no such expert.
     """
     config = run.config
+    if expert is not None and not 0 <= expert < config.experts.count:
+        raise UserError(f"--expert_idx: must be 0 to {config.experts.count - 1}, got {expert}")
     EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
     width, student_width = (
         build_network(backbone.name, image_shape=run.dataset.image_shape, num_outputs=run.dataset.task.num_outputs).width
@@ -167,7 +169,7 @@ def load_experts(run: Run) -> list[Network]:
         if not _load_finished(stage, {"model": expert}):
             raise UserError(
                 f"{stage.folder}: expert {number} is not trained: "
-                f"python train_single_expert.py --dataset {run.config.dataset} --run_dir {run.folder.path} --expert_idx {number}"
+                f"python train_single_expert.py --run_dir {run.folder.path} --expert_idx {number}"
             )
         experts.append(expert)
     return experts
@@ -292,6 +294,7 @@ def meta_train_student(
 def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
     """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
     if _load_finished(stage, modules):
+        tidy(stage)
         say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
         return
     if only_load:

@@ -4,6 +4,7 @@ A memory-mapped array ``[images, N, D]`` of float32, keyed by what it was made f
 experts would give for the stored view of the same images in the same batches.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Literal
@@ -66,7 +67,7 @@ def build_store(
     if _made_from_same(partial, stage.key) and path.is_file():
         first = int(read_json(partial)["images"])
     try:
-        array = _open(path, shape, mode="r+") if first else open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        array = _open(path, shape, mode="r+") if first else _create(path, shape)
         with progress_bar(stage.name, total=len(split), start=first, unit="image") as bar:
             for count, index in enumerate(torch.arange(first, len(split)).split(batch_size), start=1):
                 tokens = pool(split.images(index).to(device)).cpu()
@@ -86,6 +87,14 @@ def build_store(
 
 def _made_from_same(path: Path, key: str) -> bool:
     return path.is_file() and read_json(path).get("key") == key
+
+
+def _create(path: Path, shape: tuple[int, int, int]) -> np.memmap:
+    array = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that is full says so now; through the map it would kill the process
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _open(path: Path, shape: tuple[int, int, int], mode: Literal["r", "r+"] = "r") -> np.memmap:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 
-from dmoe.errors import UserError
 from dmoe.loop import tidy
 from dmoe.stages import Run
 
@@ -13,13 +12,8 @@ def train_expert(run: Run, number: int) -> None:
     """Train expert ``number`` into the run folder, or go on training it; a finished one is left as it is.
 
     Prints a line now and then, from which whoever started it can tell how far it is.
-
-    Raises:
-        UserError: there is no such expert.
     """
     config = run.config.experts
-    if not 0 <= number < config.count:
-        raise UserError(f"--expert_idx: must be 0 to {config.count - 1}, got {number}")
     stage = run.expert_stage(number)
     if stage.finished() is not None:
         print(f"{stage.name}: already finished from the same inputs ({stage.folder})", flush=True)

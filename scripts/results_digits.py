@@ -132,7 +132,7 @@ def open_run(folder: Path):  # type: ignore[no-untyped-def]
     from dmoe.command_line import open_run as open_with
     from dmoe.command_line import parser
 
-    return open_with(parser("", epilog="").parse_args(["--run_dir", str(folder), "--threads", "1"]), recorded=True)
+    return open_with(parser("", epilog="").parse_args(["--run_dir", str(folder), "--threads", "1"]))
 
 
 def cpu_seconds(folder: Path) -> Mapping[str, float]:

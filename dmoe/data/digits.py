@@ -46,7 +46,7 @@ class Scanner(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Source scanners are 0..23 in steps of 30 degrees; the others follow the same rule at their own angles."""
+        """The scanner's domain number: twice its angle, one more where it mirrors."""
         return 2 * self.angle + int(self.mirrored)
 
     def __str__(self) -> str:
