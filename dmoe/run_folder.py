@@ -4,10 +4,12 @@ A stage owns a folder. It is finished when its ``manifest.json`` is there, which
 configuration it depends on, and digests of what it was made from), the digests of its files, and its figures.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ import yaml
 
 from dmoe.artifacts import digest_of_facts, digest_of_file, is_unfinished, read_json, write_json, written_whole
 from dmoe.config import Config, differences, validate_config
+from dmoe.console import say
 from dmoe.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -75,6 +78,28 @@ class Stage:
             raise UserError(
                 f"{path}: made from other inputs, {other[0]}{more}: choose another --run_dir, or delete {self.folder} to redo it"
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Work on the stage while no other process does; waits for one that does, and says so.
+
+        The system lets go of the lock when the process ends, however it ends.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "a")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror}: choose another --run_dir") from None
+        with lock as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{self.name}: another process is at work in {self.folder}; waiting for it to end")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def finish(self, *, files: list[Path], figures: Mapping[str, Any]) -> dict[str, Any]:
         """Declare the stage done."""

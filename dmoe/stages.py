@@ -293,15 +293,16 @@ def meta_train_student(
 
 def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
     """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
-    if _load_finished(stage, modules):
+    with stage.alone():
+        if _load_finished(stage, modules):
+            tidy(stage)
+            say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
+            return
+        if only_load:
+            raise UserError(f"{stage.folder}: no finished {stage.name} here: run without the flag that asks to load it")
+        progress = train()
+        stage.finish(files=[stage.weights], figures=progress.figures())
         tidy(stage)
-        say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
-        return
-    if only_load:
-        raise UserError(f"{stage.folder}: no finished {stage.name} here: run without the flag that asks to load it")
-    progress = train()
-    stage.finish(files=[stage.weights], figures=progress.figures())
-    tidy(stage)
     say(f"{stage.name}: {progress.summary()} ({stage.folder})")
 
 

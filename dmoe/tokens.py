@@ -55,11 +55,17 @@ def build_store(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    path, partial = stage.folder / TOKENS, stage.folder / "partial.json"
-    shape = (len(split), len(pool), width)
-    if is_stored(stage):
-        return TokenStore(_open(path, shape))
+    path, shape = stage.folder / TOKENS, (len(split), len(pool), width)
+    with stage.alone():
+        if not is_stored(stage):
+            _build(stage, split=split, pool=pool, shape=shape, batch_size=batch_size, device=device)
+    return TokenStore(_open(path, shape))
 
+
+def _build(
+    stage: Stage, *, split: DomainSplit, pool: ExpertPool, shape: tuple[int, int, int], batch_size: int, device: torch.device
+) -> None:
+    path, partial = stage.folder / TOKENS, stage.folder / "partial.json"
     cpu_began = time.process_time()
     stage.manifest.unlink(missing_ok=True)
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +88,6 @@ def build_store(
     figures = {"images": len(split) - first, "cpu_seconds": time.process_time() - cpu_began}
     write_json(stage.manifest, {"key": stage.key, "inputs": dict(stage.inputs), "figures": figures})
     partial.unlink(missing_ok=True)
-    return TokenStore(_open(path, shape))
 
 
 def _made_from_same(path: Path, key: str) -> bool:

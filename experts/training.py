@@ -15,14 +15,15 @@ def train_expert(run: Run, number: int) -> None:
     """
     config = run.config.experts
     stage = run.expert_stage(number)
-    if stage.finished() is not None:
-        print(f"{stage.name}: already finished from the same inputs ({stage.folder})", flush=True)
-        return
-    expert = run.network(config.backbone, "expert", number, for_weights_of=stage)
-    members = torch.where(run.own_expert == number)[0]
-    progress = run.train_network(stage, expert, members, config.training, report=_print_progress)
-    stage.finish(files=[stage.weights], figures=progress.figures())
-    tidy(stage)
+    with stage.alone():
+        if stage.finished() is not None:
+            print(f"{stage.name}: already finished from the same inputs ({stage.folder})", flush=True)
+            return
+        expert = run.network(config.backbone, "expert", number, for_weights_of=stage)
+        members = torch.where(run.own_expert == number)[0]
+        progress = run.train_network(stage, expert, members, config.training, report=_print_progress)
+        stage.finish(files=[stage.weights], figures=progress.figures())
+        tidy(stage)
     print(f"{stage.name}: {progress.summary()} ({stage.folder})", flush=True)
 
 

@@ -143,6 +143,17 @@ def test_expert_training_killed_and_resumed_gives_the_same_weights_and_scores(un
     assert figures[0]["scores"] == figures[1]["scores"]
 
 
+def test_run_whose_experts_outlived_it_waits_for_them_and_ends_the_same(undisturbed: Path, folder: Path) -> None:
+    forget(folder, "experts", "results.jsonl")
+    process = start("run.py", folder, *SMALL)
+    wait_for_checkpoint(process, folder / "experts" / "expert_00", 5)
+    process.kill()
+    process.communicate()
+    finish(start("run.py", folder, *SMALL))
+    assert weights(folder) == weights(undisturbed)
+    assert rows(folder) == rows(undisturbed)
+
+
 def test_experts_trained_each_in_its_own_process_give_the_same_weights_and_rows(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     processes = [start("train_single_expert.py", folder, "--expert_idx", str(number), *SMALL) for number in range(EXPERTS)]

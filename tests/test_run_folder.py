@@ -1,6 +1,8 @@
 """A run folder belongs to one configuration; a stage is finished, from which inputs, and its files are whole."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from dmoe.artifacts import save_tensors
 from dmoe.config import CONFIG_FOLDER, Config, load_config
 from dmoe.errors import UserError
 from dmoe.run_folder import RunFolder, Stage
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def digits(*overrides: str) -> Config:
@@ -205,3 +209,24 @@ def test_very_same_result_is_not_appended_twice(folder: RunFolder) -> None:
     for mean in (0.5, 0.4, 0.5):
         folder.append_result({"method": "adapted", "mean": mean})
     assert len(folder.results.read_text().splitlines()) == 2
+
+
+def test_second_process_waits_until_the_first_has_left_a_stage(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "student", {})
+    code = (
+        "import sys; from pathlib import Path; from dmoe.run_folder import Stage\n"
+        "with Stage(Path(sys.argv[1]), {}).alone(): print('in', flush=True)"
+    )
+    with stage.alone():
+        other = subprocess.Popen([sys.executable, "-c", code, str(stage.folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert other.stdout is not None
+        assert "waiting" in other.stdout.readline()
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == "in\n"
+    assert other.returncode == 0
+
+
+def test_stage_whose_folder_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"), Stage(tmp_path / "file" / "student", {}).alone():
+        pass
