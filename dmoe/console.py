@@ -2,12 +2,14 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Never, Self
+from typing import Never, Self, TypeVar
 
 from tqdm import tqdm
+
+Thing = TypeVar("Thing")
 
 
 def say(text: str) -> None:
@@ -19,6 +21,12 @@ def say(text: str) -> None:
 def progress_bar(name: str, *, total: int, start: int = 0, unit: str = "step") -> "tqdm[Never]":
     """A bar with the time left; silent unless a person looks at the terminal."""
     return tqdm(desc=name, total=total, initial=start, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+
+
+def progress_over(things: Collection[Thing], *, name: str | None, unit: str) -> Iterator[Thing]:
+    """The things, with a bar of that name; without a name, without a bar."""
+    hidden = True if name is None else None
+    yield from tqdm(things, desc=name, unit=unit, disable=hidden, leave=False, dynamic_ncols=True)
 
 
 class Scalars:

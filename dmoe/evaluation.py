@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dmoe.console import progress_over
 from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
 from dmoe.models.student import Student
@@ -63,6 +64,7 @@ def evaluate(
     batch_size: int,
     score_support: bool = True,
     support_from: Mapping[int, int] | None = None,
+    name: str | None = None,
 ) -> Evaluation:
     """Adapt to the first ``support_size`` images of each domain, in data-set order, and predict all of its images.
 
@@ -71,6 +73,7 @@ def evaluate(
     Args:
         score_support: whether the support images count in the metrics; a domain with no others is then left out of them.
         support_from: another domain to take the support images from, by domain: a control.
+        name: of a progress bar; None: no bar.
 
     Raises:
         UserError: support images are not scored and no domain has any others.
@@ -78,7 +81,7 @@ def evaluate(
     predictions = torch.zeros(len(split), dtype=torch.float32 if task.kind == "regression" else torch.int64)
     scored: list[Tensor] = []
     domains: dict[int, Mapping[str, float]] = {}
-    for domain, members in split.members.items():
+    for domain, members in progress_over(split.members.items(), name=name, unit="domain"):
         support = split.members[support_from[domain]] if support_from else members
         student = method.adapt(split.images(support[:support_size]))
         for index in members.split(batch_size):

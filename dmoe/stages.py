@@ -141,16 +141,16 @@ def check(run: Run, *, expert: int | None = None) -> None:
     """Find now what would otherwise be found after hours.
 
     Raises:
-        UserError: episodes do not fit the source domains, the networks do not fit each other, or there is no such expert.
+        UserError: episodes do not fit the source domains, the networks do not fit each other, weights cannot be fetched or
+            read, or there is no such expert.
     """
     config = run.config
     if expert is not None and not 0 <= expert < config.experts.count:
         raise UserError(f"--expert_idx: must be 0 to {config.experts.count - 1}, got {expert}")
     EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
-    width, student_width = (
-        build_network(backbone.name, image_shape=run.dataset.image_shape, num_outputs=run.dataset.task.num_outputs).width
-        for backbone in (config.experts.backbone, config.student_backbone)
-    )
+    # Pretrained weights are fetched here once, not by every expert's process.
+    width = run.network(config.experts.backbone, "check", for_weights_of=run.expert_stage(0)).width
+    student_width = run.network(config.student_backbone, "check", for_weights_of=run.student_stage).width
     if width != student_width:
         raise UserError(f"student.backbone: its features are {student_width} wide, the experts' are {width}: they must be equal")
     build_aggregator(config.aggregator, width=width, num_outputs=run.dataset.task.num_outputs)
@@ -343,7 +343,7 @@ def test(run: Run, split: str = "target") -> None:
         "before adapting": Unadapted(adapter.student),
         "adapted": adapter,
     }
-    evaluations = {name: run.evaluate(method, split) for name, method in methods.items()}
+    evaluations = {name: run.evaluate(method, split, name=name) for name, method in methods.items()}
     for name, evaluation in evaluations.items():
         run.folder.append_result(result_row(run, name, split, evaluation))
     metric, support = run.dataset.task.selection_metric, run.config.support_size
