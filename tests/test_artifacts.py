@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from told import names, one_line
 from torch import nn
 
 from dmoe.artifacts import (
@@ -27,16 +28,6 @@ def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights.safetensors"
     save_tensors(path, {"a": torch.arange(1000.0), "b": torch.ones(3, dtype=torch.int64)}, {"step": 7})
     return path
-
-
-def names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
-
-
-def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_written_file_has_its_content_and_no_litter_beside_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from told import names, one_line
 
 from dmoe.artifacts import save_tensors
 from dmoe.config import CONFIG_FOLDER, Config, load_config
@@ -34,16 +35,6 @@ def stage(tmp_path: Path) -> Stage:
     save_tensors(stage.weights, {"a": torch.arange(10)})
     stage.finish(files=[stage.weights], figures={"steps": 3})
     return stage
-
-
-def names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
-
-
-def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_claimed_folder_records_the_configuration(tmp_path: Path) -> None:
