@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
-# Read by the OpenMP runtime when torch is imported: threads that wait give up their core. Spinning ones make a busy machine
-# many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by the OpenMP runtime when torch is imported: threads that wait spin a little, for speed, and then give up their core;
+# without a limit, a machine that does something else besides is many times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class _Parser(argparse.ArgumentParser):
