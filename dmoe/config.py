@@ -256,6 +256,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
     return found
 
 
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first of :func:`differences` and how many more there are; empty where there are none."""
+    found = differences(one, other)
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{found[0]}{more}" if found else ""
+
+
 def _set(content: dict[str, Any], keys: tuple[str, ...], value: Any, origins: dict[tuple[str, ...], str]) -> None:
     section = content
     for key in keys[:-1]:

@@ -60,23 +60,24 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
     except (KeyError, TypeError) as error:
         raise UserError(f"{run.path / DESCRIPTION}: damaged ({error}): run.py writes it anew") from None
 
-    def network(backbone: BackboneConfig, weights: Path, prefix: str) -> Network:
-        built = build_network(
+    def network(backbone: BackboneConfig) -> Network:
+        return build_network(
             backbone.name, image_shape=transform.image_shape, num_outputs=task.num_outputs, last_relu=backbone.last_relu
         )
-        load_into(built, under_prefix(prefix, load_tensors(weights)[0]), where=str(weights))
-        return built
 
-    meta = run.path / "meta" / "weights.safetensors"
-    student = network(config.student_backbone, meta, "student")
-    experts = [
-        network(config.experts.backbone, run.path / "experts" / f"expert_{i:02d}" / "weights.safetensors", "model")
-        for i in range(config.experts.count)
-    ]
+    meta = run.stage("meta", {}).weights
+    trained = load_tensors(meta)[0]
+    student = network(config.student_backbone)
+    load_into(student, under_prefix("student", trained), where=str(meta))
+    experts = []
+    for number in range(config.experts.count):
+        expert, weights = network(config.experts.backbone), run.expert(number, {}).weights
+        load_into(expert, under_prefix("model", load_tensors(weights)[0]), where=str(weights))
+        experts.append(expert)
     aggregator: nn.Module = ZeroTarget()
     if config.meta.target == "aggregator":
         aggregator = build_aggregator(config.aggregator, width=student.width, num_outputs=task.num_outputs)
-    load_into(aggregator, under_prefix("aggregator", load_tensors(meta)[0]), where=str(meta))
+    load_into(aggregator, under_prefix("aggregator", trained), where=str(meta))
     for module in (student, aggregator, *experts):
         module.to(device)
     model = build_adapter(config, task, experts=experts, aggregator=aggregator, student=student, kind=Model)

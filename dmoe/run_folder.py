@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from dmoe.artifacts import digest_of_facts, digest_of_file, is_unfinished, read_json, write_json, written_whole
-from dmoe.config import Config, differences, validate_config
+from dmoe.config import Config, first_difference, validate_config
 from dmoe.console import say
 from dmoe.errors import UserError
 
@@ -72,11 +72,10 @@ class Stage:
 
     def refuse_other_inputs(self, inputs: Mapping[str, Any], path: Path) -> None:
         """Raise a UserError unless ``inputs``, read from ``path``, are this stage's own."""
-        other = differences(inputs, self.inputs)
+        other = first_difference(inputs, self.inputs)
         if other:
-            more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
             raise UserError(
-                f"{path}: made from other inputs, {other[0]}{more}: choose another --run_dir, or delete {self.folder} to redo it"
+                f"{path}: made from other inputs, {other}: choose another --run_dir, or delete {self.folder} to redo it"
             )
 
     @contextmanager
@@ -139,10 +138,9 @@ class RunFolder:
         if recorded.exists():
             if fresh:
                 raise UserError(f"{self.path}: already holds a run: choose another --run_dir, or leave --no-resume away")
-            other = differences(_locked(self.config().model_dump(mode="json")), _locked(ours))
+            other = first_difference(_locked(self.config().model_dump(mode="json")), _locked(ours))
             if other:
-                more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-                raise UserError(f"{self.path}: made by another configuration, {other[0]}{more}: choose another --run_dir")
+                raise UserError(f"{self.path}: made by another configuration, {other}: choose another --run_dir")
             return
         if self.path.exists() and (not self.path.is_dir() or any(not is_unfinished(entry) for entry in self.path.iterdir())):
             raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): choose another --run_dir")

@@ -68,7 +68,6 @@ def _build(
     path, partial = stage.folder / TOKENS, stage.folder / "partial.json"
     cpu_began = time.process_time()
     stage.manifest.unlink(missing_ok=True)
-    stage.folder.mkdir(parents=True, exist_ok=True)
     first = 0
     if _made_from_same(partial, stage.key) and path.is_file():
         first = int(read_json(partial)["images"])

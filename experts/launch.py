@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +28,6 @@ class _Training:
     process: subprocess.Popen[bytes]
     log_path: Path
     log: IO[bytes]
-    began: float = field(default_factory=time.perf_counter)
 
     def steps_done(self) -> int:
         found = re.findall(r"^step (\d+)/", "\n".join(_last_lines(self.log_path, 2)), re.MULTILINE)

@@ -57,8 +57,7 @@ def one_seed(folder: Path, seed: int, overrides: list[str]) -> None:
     if not zeros.exists():
         for part in REUSED:
             shutil.copytree(folder / part, zeros / part)
-        shutil.copy(folder / "config.yaml", zeros / "config.yaml")
-        text = (zeros / "config.yaml").read_text()
+        text = (folder / "config.yaml").read_text()
         (zeros / "config.yaml").write_text(text.replace("target: aggregator", "target: zeros"))
     whole_run(zeros, seed, [*overrides, "meta.target=zeros"])
 
