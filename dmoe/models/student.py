@@ -1,5 +1,6 @@
 """The network that is shipped: features and head, ready to predict."""
 
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
@@ -53,3 +54,7 @@ class Student:
     def predict(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
         """Probabilities ``[B, K]`` (binary task: ``[B, 2]``; regression: the values ``[B, 1]``)."""
         return self.task.probabilities(self.logits(images, batch_size=batch_size))
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Feature parameters by name."""
+        return dict(self.features.named_parameters())
