@@ -1,26 +1,34 @@
 """All stages of Meta-DMoE on one data set, or its test: read from top to bottom, this file is the method."""
 
 import argparse
+from pathlib import Path
 
 from dmoe.command_line import open_run, parser, run_main
+from dmoe.errors import UserError
 
 EPILOG = """examples:
   python run.py                                      the embedded digits, from nothing to the table
   python run.py --dataset digits meta.inner_lr=0.2 --run_dir runs/small_steps
   python run.py --test                               evaluate the finished run in runs/digits again
   python run.py --test evaluation.support_size=16    with smaller unlabeled batches
+  python run.py --dataset iwildcam --data_dir data --dry_run
+  python run.py --dataset iwildcam --data_dir data --test --checkpoint_dir model/iwildcam
 
 A stage that is already finished from the same inputs is skipped; one that was cut off goes on where it stopped."""
 
 
 def main() -> None:
     options = read_options()
-    run = open_run(options, finished=options.test, fresh=not options.resume)
+    tests_a_run = options.test and options.checkpoint_dir is None
+    run = open_run(options, finished=tests_a_run, fresh=not options.resume, claim=not options.dry_run)
 
-    from dmoe import stages
+    from dmoe import plan, stages, testing
     from experts.launch import train_all_experts
 
     if not options.test:
+        plan.show(run)
+        if options.dry_run:
+            return
         if not options.load_trained_experts:
             train_all_experts(run, gpu=options.gpu, threads=options.threads)
         experts = stages.load_experts(run)
@@ -28,18 +36,29 @@ def main() -> None:
         aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
         student = stages.pretrain_student(run, only_load=options.load_pretrained_student)
         stages.meta_train_student(run, tokens, experts, aggregator, student)
-    stages.test(run, options.split)
+    testing.test(run, options.split, published=run.published if options.test else None)
 
 
 def read_options() -> argparse.Namespace:
     made = parser(__doc__ or "", epilog=EPILOG)
     made.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on in a run folder (default)")
+    made.add_argument("--dry_run", action="store_true", help="say what would happen, how long it takes and how much it writes")
     made.add_argument("--load_trained_experts", action="store_true", help="use the experts that are there; train none")
     made.add_argument("--load_pretrained_aggregator", action="store_true", help="use the pretrained aggregator that is there")
     made.add_argument("--load_pretrained_student", action="store_true", help="use the pretrained student that is there")
     made.add_argument("--test", action="store_true", help="evaluate a finished run, train nothing")
-    made.add_argument("--split", choices=("target", "validation"), default="target", help="domains that --test evaluates on")
-    return made.parse_intermixed_args()
+    made.add_argument("--split", default="target", metavar="SPLIT", help="what --test evaluates on: target, validation, ...")
+    made.add_argument(
+        "--checkpoint_dir",
+        type=Path,
+        metavar="DIR",
+        help="checkpoints of the paper's authors, for --test or --load_...",
+    )
+    options = made.parse_intermixed_args()
+    loads = options.load_trained_experts or options.load_pretrained_aggregator or options.load_pretrained_student
+    if options.checkpoint_dir is not None and not (options.test or loads):
+        raise UserError("--checkpoint_dir: it needs --test, or one of the --load flags that says what to take from there")
+    return options
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dmoe.meta.gradient import InnerLoss
 from dmoe.models.copying import private_copy
 from dmoe.models.expert_pool import BatchNormStatistics, ExpertPool
 from dmoe.models.student import Student
@@ -30,6 +31,7 @@ class Adapter:
         aggregator: nn.Module,
         inner_lr: float,
         inner_steps: int = 1,
+        inner_loss: InnerLoss = "mean_square",
         expert_batch_norm: BatchNormStatistics = "running",
         task: Task | None = None,
     ) -> None:
@@ -40,12 +42,13 @@ class Adapter:
             experts: N frozen feature extractors, ``[B, C, H, W] -> [B, D']``.
             aggregator: tokens ``[B, N, D'] ->`` target features ``[B, D]``.
             inner_lr: step size of the inner steps.
+            inner_loss: see :func:`~dmoe.meta.gradient.distillation_loss`.
             expert_batch_norm: see :class:`~dmoe.models.expert_pool.ExpertPool`.
             task: how logits become probabilities; left out, they are a softmax over K classes.
         """
         self._experts = ExpertPool(experts, batch_norm=expert_batch_norm)
         self._aggregator = private_copy(aggregator)
-        self._inner_lr, self._inner_steps = inner_lr, inner_steps
+        self._inner_lr, self._inner_steps, self._inner_loss = inner_lr, inner_steps, inner_loss
         self.student = Student(features=features, head=head, task=task or Task("multiclass", num_outputs=0))
 
     @torch.no_grad()
@@ -66,4 +69,10 @@ class Adapter:
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")
         images = images.to(self.student.device)
-        return self.student.adapted(images, self.target(images), inner_lr=self._inner_lr, inner_steps=self._inner_steps)
+        return self.student.adapted(
+            images,
+            self.target(images),
+            inner_lr=self._inner_lr,
+            inner_steps=self._inner_steps,
+            inner_loss=self._inner_loss,
+        )

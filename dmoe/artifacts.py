@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,17 +85,40 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: not a whole safetensors file ({why}): delete it or bring it again") from None
 
 
+_DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+"""What reading a file that was cut off or changed may end in."""
+
+
 def _load_state_dict(path: Path) -> dict[str, Tensor]:
     """Foreign weights: nothing in the file can run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except _DAMAGED as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole file of plain tensors ({why})") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: must hold a state dict, named tensors and nothing else")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise UserError(f"{path}: must hold a state dict, it has a tensor called {ascii(name)[:80]}")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise UserError(f"{path}: {name} is {kind}: expected a plain dense tensor")
     return dict(content)
 
 

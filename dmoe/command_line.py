@@ -11,6 +11,8 @@ from dmoe.errors import UserError
 from dmoe.machine import choose_device, cores
 
 if TYPE_CHECKING:
+    from dmoe.config import Config
+    from dmoe.published import PublishedFolder
     from dmoe.stages import Run
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -18,6 +20,9 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 # Read by the OpenMP runtime when torch is imported: threads that wait spin a little, for speed, and then give up their core;
 # without a limit, a machine that does something else besides is many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+_LOAD_FLAGS = {"experts": "load_trained_experts", "student": "load_pretrained_student"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +36,7 @@ def parser(description: str, *, epilog: str) -> argparse.ArgumentParser:
     made.add_argument("--dataset", metavar="NAME", help="a data set with a file in configs/ (default: digits, embedded)")
     made.add_argument("--config", type=Path, metavar="FILE", help="another YAML file than configs/NAME.yaml")
     made.add_argument("--run_dir", type=Path, metavar="DIR", help="where everything is written (default: runs/NAME)")
-    made.add_argument("--data_dir", type=Path, metavar="DIR", help="where the data set lies; the embedded one needs none")
+    made.add_argument("--data_dir", type=Path, metavar="DIR", help="where the data set lies (default: data); digits needs none")
     made.add_argument("--gpu", type=int, metavar="G", help="use this GPU, -1: none (default: what is there)")
     made.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: all cores)")
     made.add_argument("--seed", type=int, metavar="S", help="another seed than the configuration's")
@@ -43,14 +48,17 @@ def run_dir_of(options: argparse.Namespace) -> Path:
     return options.run_dir or Path("runs") / (options.dataset or (options.config.stem if options.config else "digits"))
 
 
-def open_run(options: argparse.Namespace, *, finished: bool = False, fresh: bool = False, expert: int | None = None) -> "Run":
+def open_run(
+    options: argparse.Namespace, *, finished: bool = False, fresh: bool = False, claim: bool = True, expert: int | None = None
+) -> "Run":
     """Read the configuration, open the data set, share out its domains, check what can be checked, claim the run folder.
 
     The configuration is the one recorded in the run folder, where there is one and the command line names no other.
 
     Args:
-        finished: the folder must hold a run.
+        finished: the folder must hold a run, unless published checkpoints are tested.
         fresh: refuse a folder that already holds a run.
+        claim: make the folder this run's own; otherwise nothing is written.
         expert: the one expert to be trained; the process then takes as many CPU threads as the configuration gives an expert,
             where the command line does not say how many.
 
@@ -70,30 +78,77 @@ def open_run(options: argparse.Namespace, *, finished: bool = False, fresh: bool
     if options.config is None and not path.exists():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"--threads: must be >= 1, got {options.threads}")
+    checkpoint_dir: Path | None = getattr(options, "checkpoint_dir", None)
+    if checkpoint_dir is not None and not checkpoint_dir.is_dir():
+        raise UserError(f"--checkpoint_dir: {checkpoint_dir}: no such folder")
     device = choose_device(options.gpu)
 
     import torch
 
-    from dmoe.data.partition import partition, write_partition
+    from dmoe.artifacts import read_json, write_json
+    from dmoe.data.partition import write_partition
     from dmoe.data.registry import load_dataset
+    from dmoe.published import PublishedFolder
     from dmoe.stages import Run, check
 
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads: must be >= 1, got {options.threads}")
-    threads = config.experts.threads if expert is not None and device == "cpu" else cores()
-    torch.set_num_threads(options.threads or threads)
-    dataset = load_dataset(config.dataset, config.data)
-    source = dataset.splits["source"]
-    groups = partition(
-        source.group_domains.unique().tolist(), count=config.experts.count, seed=config.seed, how=config.experts.partition
+    threads = options.threads or (config.experts.threads if expert is not None and device == "cpu" else cores())
+    torch.set_num_threads(threads)
+    published = None
+    if checkpoint_dir is not None:
+        published = PublishedFolder(checkpoint_dir, dataset=config.dataset, experts=config.experts.count, seed=config.seed)
+    left_out = folder.path / "unreadable.json"
+    known = read_json(left_out)["images"] if left_out.exists() else None
+    workers = threads if config.data.workers is None else config.data.workers
+    dataset = load_dataset(config.dataset, config.data, workers=workers, known_unreadable=known)
+    if config.data.workers is None and dataset.in_memory:
+        workers = 0
+    tests = getattr(options, "test", False)
+    domains = dataset.splits["source"].group_domains.unique().tolist()
+    groups, where = _groups(config, domains, folder.path, published, tests=tests)
+    run = Run(
+        config=config,
+        folder=folder,
+        dataset=dataset,
+        groups=groups,
+        device=torch.device(device),
+        workers=workers,
+        published=published,
     )
-    run = Run(config=config, folder=folder, dataset=dataset, groups=groups, device=torch.device(device))
-    check(run, expert=expert)
-    folder.claim(config, fresh=fresh)
-    written = folder.path / "experts" / "partition.json"
-    if not written.exists():
-        write_partition(written, groups, dict(source.domain_names))
+    given = {name for name in ("experts", "student") if tests or getattr(options, _LOAD_FLAGS[name], False)}
+    check(run, expert=expert, to_train={"experts", "student"} - given)
+    if claim:
+        folder.claim(config, fresh=fresh)
+        if not where.exists():
+            write_partition(where, groups, dataset.splits["source"].domain_names)
+        if config.data.skip_unreadable and known is None:
+            write_json(left_out, {"images": list(dataset.unreadable)})
     return run
+
+
+def _groups(
+    config: "Config", domains: list[int], folder: Path, published: "PublishedFolder | None", *, tests: bool
+) -> tuple[dict[int, int], Path]:
+    """The expert of each source domain: as recorded in the run folder, as published, or shared out now; and where it is recorded.
+
+    For a test it does not matter who learned from what; published groups are then read, but need not fit.
+    """
+    from dmoe.data.partition import check_partition, partition, read_partition
+
+    recorded = folder / "experts" / "partition.json"
+    if recorded.exists():
+        groups = read_partition(recorded)
+        check_partition(groups, domains, count=config.experts.count, where=recorded)
+    else:
+        groups = partition(domains, count=config.experts.count, seed=config.seed, how=config.experts.partition)
+    theirs = published.partition() if published is not None else None
+    if published is None or theirs is None or tests:
+        return groups, recorded
+    check_partition(theirs, domains, count=config.experts.count, where=published.folder / "domain_split.pkl")
+    if recorded.exists() and theirs != groups:
+        raise UserError(f"{recorded}: it shares out the domains otherwise than {published.folder}: choose another --run_dir")
+    return theirs, recorded
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

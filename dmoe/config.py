@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
 from pydantic_core import core_schema
 
 from dmoe.errors import UserError
@@ -92,18 +92,42 @@ class BackboneConfig(Section):
     weights: str = "none"
     """none (random), pretrained (the library's), or a file of feature tensors."""
     last_relu: bool = True
-    """DenseNet only: ReLU after the last norm. The public code's checkpoints were made without."""
+    """DenseNet only: ReLU after the last norm, as torchvision has it; see also tokens.last_relu."""
 
 
 class DataConfig(Section):
     dir: Path | None = None
-    """Where the data set lies; the embedded one needs none."""
+    """Where the data set lies (for folders also a CSV file); null: ./data. The embedded one needs none."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Makes the stored views of the embedded data set; a run's own seed leaves the data alone."""
+    """Makes the stored views of the embedded data set, and draws validation images; a run's own seed leaves the data alone."""
     source_images_per_domain: Annotated[int, Field(ge=1)] | None = None
     """Train on so many images of each source domain at most, its first ones, to try things out; null: on all."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read images ahead; 0: none."""
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Edge that images are resized to, in pixels; null: the data set's own, for folders 224."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that read images ahead; 0: none; null: as many as CPU threads where images lie in files."""
+    skip_unreadable: bool = False
+    """Read every image once at the start, and leave out those that cannot be read; false: the first such image is an error."""
+    fold: Literal["A", "B", "C", "D", "E"] = "A"
+    """poverty only: which countries are source, validation and target."""
+    target_domains: tuple[str, ...] = ()
+    """folders only: names of the domains to be tested on."""
+    validation_domains: tuple[str, ...] = ()
+    """folders only: names of the domains to choose on; none: validation_fraction of the source images is held out for it."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """folders only, see validation_domains."""
+    labels: Literal["classes", "values"] = "classes"
+    """folders with a CSV only: values make it a regression."""
+    channels: Literal[1, 3] = 3
+    """folders only: 1 reads pictures as grey."""
+    augmentation: Literal["none", "turns", "crops"] = "none"
+    """folders only: of source images. turns: by 90 degrees and mirrored; crops: as DomainBed."""
+
+    @field_validator("target_domains", "validation_domains", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        """One name need not be a list, and names that look like numbers are names."""
+        return [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
 
 
 class ExpertsConfig(Section):
@@ -120,6 +144,11 @@ class ExpertsConfig(Section):
 class TokensConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 500
     """Images in one pass through the experts."""
+    views: Literal["all", "first"] = "all"
+    """Which stored views of a source image get tokens, where it has several (rxrx1: eight turns). Others are not distilled."""
+    last_relu: bool | None = None
+    """DenseNet only: ReLU after the last norm where features are taken; null: as the experts were trained. Holds for the
+    student too, whose features are to become like theirs. The public code trains the experts with it and takes features without."""
 
 
 class AggregatorConfig(Section):
@@ -134,7 +163,7 @@ class AggregatorConfig(Section):
 
 class StudentConfig(Section):
     backbone: BackboneConfig | None = None
-    """null: the experts'. Its features must be as wide as theirs."""
+    """null: the experts', as tokens are taken from them. Its features must be as wide as theirs."""
     training: TrainingConfig
 
 
@@ -150,6 +179,9 @@ class MetaConfig(Section):
     """Labeled images of the same domain to judge the adapted student by."""
     inner_lr: Annotated[float, Field(gt=0)]
     inner_steps: Annotated[int, Field(ge=1)] = 1
+    inner_loss: Literal["mean_square", "norm"] = "mean_square"
+    """Distance of features and target: the squared difference, averaged over all entries (the public code), or the length of
+    the difference, averaged over images (the paper's text)."""
     mask: Literal["remove", "zero", "none"] = "remove"
     """What happens to the token of the expert that knows the episode's domain (code: remove; text: zero)."""
     target: Literal["aggregator", "zeros"] = "aggregator"
@@ -178,6 +210,8 @@ class Config(Section):
     """Everything that decides a run's numbers, and nothing else."""
 
     dataset: str
+    preset: str = ""
+    """Which of the file's named sets of values this is, where it has several."""
     seed: Annotated[int, Field(ge=0)] = 1
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between checkpoints, beside those at each evaluation."""
@@ -190,8 +224,15 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
+    def token_backbone(self) -> BackboneConfig:
+        """The experts as tokens are taken from them."""
+        if self.tokens.last_relu is None:
+            return self.experts.backbone
+        return self.experts.backbone.model_copy(update={"last_relu": self.tokens.last_relu})
+
+    @property
     def student_backbone(self) -> BackboneConfig:
-        return self.student.backbone or self.experts.backbone
+        return self.student.backbone or self.token_backbone
 
     @property
     def support_size(self) -> int:
@@ -200,7 +241,9 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), **flags: Any) -> Config:
-    """Read a YAML file, apply ``key.sub=value`` overrides and then flags that are not None.
+    """Read a YAML file, choose its preset, apply ``key.sub=value`` overrides and then flags that are not None.
+
+    The file's own values are one preset, named by its field ``preset``; ``presets`` names others and what they change.
 
     Raises:
         UserError: the file is missing or not YAML, a field is unknown or missing, or a value is out of its range; the line
@@ -215,16 +258,11 @@ def load_config(path: Path, overrides: Sequence[str] = (), **flags: Any) -> Conf
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold fields such as 'seed: 1', got {type(content).__name__}")
 
+    changes = [_parse(text) for text in overrides]
+    content = _choose_preset(content, dict(changes).get("preset"), str(path))
     origins: dict[tuple[str, ...], str] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"command line: overrides look like meta.inner_lr=0.2, got {text!r}")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"command line: the value of {key} is not valid YAML: {value!r}") from None
-        _set(content, tuple(key.split(".")), parsed, origins)
+    for key, value in changes:
+        _set(content, tuple(key.split(".")), value, origins)
     for key, value in flags.items():
         if value is not None:
             _set(content, tuple(key.split("__")), value, origins)
@@ -261,6 +299,37 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     found = differences(one, other)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{found[0]}{more}" if found else ""
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"command line: overrides look like meta.inner_lr=0.2, got {override!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"command line: the value of {key} is not valid YAML: {value!r}") from None
+
+
+def _choose_preset(content: dict[str, Any], asked: str | None, place: str) -> dict[str, Any]:
+    presets = content.pop("presets", {})
+    if not isinstance(presets, dict) or not all(isinstance(values, dict) for values in presets.values()):
+        raise UserError(f"{place}: presets must hold named sets of fields")
+    own = content.get("preset", "")
+    if asked is None or asked == own:
+        return content
+    if asked not in presets:
+        known = ", ".join(str(name) for name in (own, *presets) if name) or "none"
+        raise UserError(f"command line: preset {asked!r} is unknown in {place}; known there: {known}")
+    return _merged(content, presets[asked])
+
+
+def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(content)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _set(content: dict[str, Any], keys: tuple[str, ...], value: Any, origins: dict[tuple[str, ...], str]) -> None:

@@ -1,6 +1,7 @@
-"""The protocol of testing: each domain on its own, adapt once, predict everything; then one metric over all."""
+"""The protocol of testing: each domain on its own, adapt once, predict everything; then the metrics over all."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dmoe.console import progress_over
-from dmoe.data.base import DomainSplit
+from dmoe.data.base import DomainDataset
+from dmoe.data.streams import stored_images
 from dmoe.errors import UserError
 from dmoe.models.student import Student
-from dmoe.tasks import Task
 
 
 class Method(Protocol):
@@ -25,45 +26,51 @@ class Evaluation:
     """What one method reached on one split.
 
     Attributes:
-        overall: metrics over the predictions of all domains together.
-        domains: the same metrics of each domain, by its number.
+        overall: the data set's metrics over the predictions of all domains together.
+        domains: the task's metrics of each domain, by its number.
         predictions: ``[n]``, by image number; of images that are not scored too.
+        selection_metric: the key of ``overall`` by which to choose.
+        headline: the key of the metrics of a domain that says most.
     """
 
-    task: Task
     overall: Mapping[str, float]
     domains: Mapping[int, Mapping[str, float]]
     predictions: Tensor
+    selection_metric: str
+    headline: str
 
     @property
     def score(self) -> float:
         """The selection metric over all images."""
-        return self.overall[self.task.selection_metric]
+        return self.overall[self.selection_metric]
 
     @property
     def mean(self) -> float:
-        """The selection metric, averaged over domains."""
-        return sum(self._by_domain) / len(self._by_domain)
+        """The headline metric, averaged over domains; those where it is not a number are left out."""
+        known = self._by_domain
+        return sum(known) / len(known) if known else float("nan")
 
     @property
     def worst(self) -> float:
-        """The selection metric of the worst domain."""
-        return min(self._by_domain)
+        """The headline metric of the worst domain."""
+        return min(self._by_domain, default=float("nan"))
 
     @property
     def _by_domain(self) -> list[float]:
-        return [metrics[self.task.selection_metric] for metrics in self.domains.values()]
+        values = [metrics[self.headline] for metrics in self.domains.values()]
+        return [value for value in values if not math.isnan(value)]
 
 
 def evaluate(
     method: Method,
-    split: DomainSplit,
+    dataset: DomainDataset,
+    split: str,
     *,
-    task: Task,
     support_size: int,
     batch_size: int,
     score_support: bool = True,
     support_from: Mapping[int, int] | None = None,
+    workers: int = 0,
     name: str | None = None,
 ) -> Evaluation:
     """Adapt to the first ``support_size`` images of each domain, in data-set order, and predict all of its images.
@@ -73,43 +80,32 @@ def evaluate(
     Args:
         score_support: whether the support images count in the metrics; a domain with no others is then left out of them.
         support_from: another domain to take the support images from, by domain: a control.
+        workers: processes that read images ahead.
         name: of a progress bar; None: no bar.
 
     Raises:
-        UserError: support images are not scored and no domain has any others.
+        UserError: support images are not scored and no domain has any others, or an image cannot be read.
     """
-    predictions = torch.zeros(len(split), dtype=torch.float32 if task.kind == "regression" else torch.int64)
+    images, task = dataset.splits[split], dataset.task
+    reads: list[Tensor] = []  # for each domain its support, then its batches
+    for domain, members in images.members.items():
+        support = images.members[support_from[domain]] if support_from else members
+        reads += [support[:support_size], *members.split(batch_size)]
+    batches = stored_images(images, reads, workers=workers)
+
+    predictions = torch.zeros(len(images), dtype=torch.float32 if task.kind == "regression" else torch.int64)
     scored: list[Tensor] = []
     domains: dict[int, Mapping[str, float]] = {}
-    for domain, members in progress_over(split.members.items(), name=name, unit="domain"):
-        support = split.members[support_from[domain]] if support_from else members
-        student = method.adapt(split.images(support[:support_size]))
+    for domain, members in progress_over(images.members.items(), name=name, unit="domain"):
+        student = method.adapt(next(batches))
         for index in members.split(batch_size):
-            predictions[index] = task.predictions(student.logits(split.images(index))).cpu().to(predictions.dtype)
+            predictions[index] = task.predictions(student.logits(next(batches))).cpu().to(predictions.dtype)
         counted = members if score_support else members[support_size:]
         if len(counted):
             scored.append(counted)
-            domains[domain] = task.metrics(predictions[counted], split.labels[counted])
+            domains[domain] = task.metrics(predictions[counted], images.labels[counted])
     if not scored:
         raise UserError(f"evaluation.support_size: no domain has more than {support_size} images, and none is left to score")
     together = torch.cat(scored)
-    return Evaluation(task, task.metrics(predictions[together], split.labels[together]), domains, predictions)
-
-
-def table(names: Sequence[str], evaluations: Sequence[Evaluation], domain_names: Mapping[int, str]) -> str:
-    """Per-domain selection metrics in percent: a row a domain, a column a method, mean and worst domain last."""
-    rows = [["domain", *names]]
-    for domain in evaluations[0].domains:
-        metric = evaluations[0].task.selection_metric
-        rows.append([domain_names.get(domain, str(domain)), *(f"{100 * e.domains[domain][metric]:.1f}" for e in evaluations)])
-    summary = [
-        ["mean", *(f"{100 * e.mean:.1f}" for e in evaluations)],
-        ["worst domain", *(f"{100 * e.worst:.1f}" for e in evaluations)],
-    ]
-    widths = [max(len(row[i]) for row in rows + summary) for i in range(len(rows[0]))]
-    rule = "  ".join("-" * width for width in widths)
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), rule, *map(line, summary)])
+    overall = dataset.metrics(split, together, predictions[together])
+    return Evaluation(overall, domains, predictions, dataset.selection_metric, task.headline)

@@ -71,7 +71,7 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
     load_into(student, under_prefix("student", trained), where=str(meta))
     experts = []
     for number in range(config.experts.count):
-        expert, weights = network(config.experts.backbone), run.expert(number, {}).weights
+        expert, weights = network(config.token_backbone), run.expert(number, {}).weights
         load_into(expert, under_prefix("model", load_tensors(weights)[0]), where=str(weights))
         experts.append(expert)
     aggregator: nn.Module = ZeroTarget()
@@ -114,6 +114,7 @@ def build_adapter(
         aggregator=aggregator,
         inner_lr=config.meta.inner_lr,
         inner_steps=config.meta.inner_steps,
+        inner_loss=config.meta.inner_loss,
         expert_batch_norm=config.evaluation.expert_batch_norm,
         task=task,
     )
@@ -121,7 +122,7 @@ def build_adapter(
 
 def describe(run: RunFolder, dataset: DomainDataset) -> None:
     """Write beside the weights what :func:`load` cannot know from the configuration."""
-    task = {"kind": dataset.task.kind, "num_outputs": dataset.task.num_outputs, "selection_metric": dataset.task.selection_metric}
+    task = {"kind": dataset.task.kind, "num_outputs": dataset.task.num_outputs}
     facts = {"task": task, "transform": dataset.transform.to_facts(), "class_names": list(dataset.class_names)}
     path = run.path / DESCRIPTION
     if not path.exists() or read_json(path) != json.loads(json.dumps(facts)):

@@ -1,38 +1,39 @@
 """The stages after the experts: each takes what the earlier ones left in the run folder and leaves its own there.
 
-A stage that finds its finished result, made from the same inputs, says so and takes it; one that was cut off goes on.
+A stage that finds its finished result, made from the same inputs, says so and takes it; one that was cut off goes on. A result
+can also be taken from the checkpoints that the paper's authors published.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.adaptation import Adapter
-from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix
-from dmoe.baselines.batch_statistics import BatchStatistics
-from dmoe.baselines.unadapted import Unadapted
+from dmoe.artifacts import digest_of_facts, digest_of_file, load_into, load_tensors, read_json, save_tensors, under_prefix
 from dmoe.config import BackboneConfig, Config, EvaluationConfig, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
-from dmoe.data.streams import EpochOrder, supervised_batches
+from dmoe.data.streams import EpochOrder, stored_images, supervised_batches
+from dmoe.data.transforms import random_views
 from dmoe.errors import UserError
-from dmoe.evaluation import Evaluation, Method, evaluate, table
-from dmoe.loop import Progress, Report, tidy
+from dmoe.evaluation import Evaluation, Method, evaluate
+from dmoe.loop import Progress, Report, Trainee, tidy
 from dmoe.meta.learner import MetaLearner, ZeroTarget
 from dmoe.meta.training import meta_train
-from dmoe.model import build_adapter, build_aggregator, describe, load_as
+from dmoe.model import build_adapter, build_aggregator, describe
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import Network, build_network
-from dmoe.models.student import Student
+from dmoe.published import PublishedFolder
 from dmoe.randomness import Key, generator, seed_of
-from dmoe.run_folder import RunFolder, Stage, versions
+from dmoe.run_folder import RunFolder, Stage
 from dmoe.supervised import train_supervised
 from dmoe.tokens import TokenStore, build_store, is_stored
 
@@ -46,6 +47,8 @@ class Run:
 
     Attributes:
         groups: which expert each source domain belongs to, by ``DomainSplit.group_domains``.
+        workers: processes that read images ahead.
+        published: checkpoints of the paper's authors, where the user has named some.
     """
 
     config: Config
@@ -53,6 +56,8 @@ class Run:
     dataset: DomainDataset
     groups: Mapping[int, int]
     device: torch.device
+    workers: int = 0
+    published: PublishedFolder | None = None
 
     @property
     def source(self) -> DomainSplit:
@@ -71,20 +76,22 @@ class Run:
         """Inputs of a stage: the seed, the data, the named configuration sections, and digests of earlier results."""
         config = self.config.model_dump(mode="json")
         chosen = {section: config[section] for section in sections}
-        chosen.get("experts", {}).pop("threads", None)
+        if "experts" in chosen:
+            chosen["experts"].pop("threads")
+            chosen["groups"] = digest_of_facts({str(domain): expert for domain, expert in self.groups.items()})
         return {"seed": self.config.seed, "data": self.dataset.fingerprint, **chosen, **more}
 
-    def network(self, backbone: BackboneConfig, *key: Key, for_weights_of: Stage) -> Network:
+    def network(self, backbone: BackboneConfig, *key: Key, to_train: bool) -> Network:
         """A network of this data set's shape, initialised as a function of the seed and ``key``.
 
-        Pretrained weights are left out where the stage ``for_weights_of`` already has its own.
+        One that is to be trained starts from the backbone's weights; the other is an empty vessel.
         """
         torch.manual_seed(seed_of(self.config.seed, "initial weights", *key))
         return build_network(
             backbone.name,
             image_shape=self.dataset.image_shape,
             num_outputs=self.dataset.task.num_outputs,
-            weights="none" if for_weights_of.manifest.exists() else backbone.weights,
+            weights=backbone.weights if to_train else "none",
             last_relu=backbone.last_relu,
         ).to(self.device)
 
@@ -102,9 +109,10 @@ class Run:
             "support_size": self.config.support_size,
             "batch_size": settings.batch_size,
             "score_support": settings.score_support,
+            "workers": self.workers,
             **protocol,
         }
-        return evaluate(method, self.dataset.splits[split], task=self.dataset.task, **chosen)
+        return evaluate(method, self.dataset, split, **chosen)
 
     def train_network(
         self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Report | None = None
@@ -124,21 +132,30 @@ class Run:
             checkpoint_every=self.config.checkpoint_every,
             seed=seed_of(*key),
             device=self.device,
-            workers=self.config.data.workers,
+            workers=self.workers,
             report=report,
         )
 
     def score(self, network: Network) -> float:
         """The selection metric of a network, as it is, on all validation images."""
-        split, task = self.validation, self.dataset.task
-        batches = torch.arange(len(split)).split(self.config.evaluation.batch_size)
+        batches = torch.arange(len(self.validation)).split(self.config.evaluation.batch_size)
         with torch.no_grad():
-            logits = [network(split.images(index).to(self.device)).cpu() for index in batches]
-        return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
+            images = stored_images(self.validation, batches, workers=self.workers)
+            return self.validation_metric([network(batch.to(self.device)).cpu() for batch in images])
+
+    def validation_metric(self, logits: Sequence[Tensor]) -> float:
+        """The selection metric of logits of all validation images, batch by batch."""
+        predictions = self.dataset.task.predictions(torch.cat(list(logits)))
+        index = torch.arange(len(self.validation))
+        return self.dataset.metrics("validation", index, predictions)[self.dataset.selection_metric]
 
 
-def check(run: Run, *, expert: int | None = None) -> None:
+def check(run: Run, *, expert: int | None = None, to_train: Collection[str] = ("experts", "student")) -> None:
     """Find now what would otherwise be found after hours.
+
+    Args:
+        expert: the one that is to be trained.
+        to_train: which networks start from the configured weights, unless they are finished already.
 
     Raises:
         UserError: episodes do not fit the source domains, the networks do not fit each other, weights cannot be fetched or
@@ -149,15 +166,17 @@ def check(run: Run, *, expert: int | None = None) -> None:
         raise UserError(f"--expert_idx: must be 0 to {config.experts.count - 1}, got {expert}")
     EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
     # Pretrained weights are fetched here once, not by every expert's process.
-    width = run.network(config.experts.backbone, "check", for_weights_of=run.expert_stage(0)).width
-    student_width = run.network(config.student_backbone, "check", for_weights_of=run.student_stage).width
+    fresh_expert = "experts" in to_train and not run.expert_stage(0).manifest.exists()
+    width = run.network(config.experts.backbone, "check", to_train=fresh_expert).width
+    fresh_student = "student" in to_train and not run.student_stage.manifest.exists()
+    student_width = run.network(config.student_backbone, "check", to_train=fresh_student).width
     if width != student_width:
         raise UserError(f"student.backbone: its features are {student_width} wide, the experts' are {width}: they must be equal")
     build_aggregator(config.aggregator, width=width, num_outputs=run.dataset.task.num_outputs)
 
 
 def load_experts(run: Run) -> list[Network]:
-    """All trained experts of the run.
+    """All trained experts of the run, as tokens are taken from them.
 
     Raises:
         UserError: one is missing or was made from other inputs.
@@ -165,8 +184,11 @@ def load_experts(run: Run) -> list[Network]:
     experts = []
     for number in range(run.config.experts.count):
         stage = run.expert_stage(number)
-        expert = run.network(run.config.experts.backbone, "expert", number, for_weights_of=stage)
-        if not _load_finished(stage, {"model": expert}):
+        expert = run.network(run.config.token_backbone, "expert", number, to_train=False)
+        if run.published is not None and stage.finished() is None:
+            run.published.load_expert(number, expert)
+            _take_over(stage, {"model": expert}, run.published.expert_path(number))
+        if not load_finished(stage, {"model": expert}):
             raise UserError(
                 f"{stage.folder}: expert {number} is not trained: "
                 f"python train_single_expert.py --run_dir {run.folder.path} --expert_idx {number}"
@@ -191,6 +213,8 @@ def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
             width=experts[0].width,
             batch_size=run.config.tokens.batch_size,
             device=run.device,
+            views=run.dataset.splits[name].views if run.config.tokens.views == "all" else 1,
+            workers=run.workers,
         )
         how = "already stored" if ready else f"{time.perf_counter() - began:.0f} s"
         say(f"tokens of {len(stores[name]):,} {name} images: {how} ({stage.folder})")
@@ -204,19 +228,18 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
     aggregator = build_aggregator(config, width=width, num_outputs=task.num_outputs).to(run.device)
     made_from = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
     stage = run.folder.stage("aggregator", run.facts("aggregator", tokens=made_from))
-    order = EpochOrder(len(run.source), config.training.batch_size, run.config.seed, "aggregator")
-    labels = run.source.labels
+    key: tuple[Key, ...] = (run.config.seed, "aggregator")
+    order = EpochOrder(len(run.source), config.training.batch_size, *key)
+    source, labels = tokens["source"], run.source.labels
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         index = order[step]
-        return tokens["source"][index], labels[index]
+        return source.of_views(index, random_views(len(index), source.views, *key, "view", step)), labels[index]
 
     def score() -> float:
-        split = run.validation
-        batches = torch.arange(len(split)).split(run.config.tokens.batch_size)
+        batches = torch.arange(len(run.validation)).split(run.config.tokens.batch_size)
         with torch.no_grad():
-            logits = [aggregator.logits(tokens["validation"][index].to(run.device)).cpu() for index in batches]
-        return task.metrics(task.predictions(torch.cat(logits)), split.labels)[task.selection_metric]
+            return run.validation_metric([aggregator.logits(tokens["validation"][i].to(run.device)).cpu() for i in batches])
 
     def train() -> Progress:
         return train_supervised(
@@ -229,10 +252,13 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
             training=config.training,
             evaluate=score,
             checkpoint_every=run.config.checkpoint_every,
-            seed=seed_of(run.config.seed, "aggregator"),
+            seed=seed_of(*key),
             device=run.device,
         )
 
+    if only_load and run.published is not None and stage.finished() is None:
+        run.published.load_aggregator("pretrained", aggregator)
+        _take_over(stage, {"model": aggregator}, run.published.aggregator_path("pretrained"))
     _finished_or(train, stage, {"model": aggregator}, only_load=only_load)
     return aggregator
 
@@ -240,11 +266,14 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
 def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
     """Stage 4: plain supervised training on all source domains together."""
     stage = run.student_stage
-    student = run.network(run.config.student_backbone, "student", for_weights_of=stage)
+    student = run.network(run.config.student_backbone, "student", to_train=not (only_load or stage.manifest.exists()))
 
     def train() -> Progress:
         return run.train_network(stage, student, torch.arange(len(run.source)), run.config.student.training)
 
+    if only_load and run.published is not None and stage.finished() is None:
+        run.published.load_student("pretrained", student)
+        _take_over(stage, {"model": student}, run.published.student_path("pretrained"))
     _finished_or(train, stage, {"model": student}, only_load=only_load)
     return student
 
@@ -255,6 +284,7 @@ def meta_train_student(
     """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens."""
     config, task = run.config.meta, run.dataset.task
     made_from = {name: read_json(run.folder.path / name / "manifest.json")["files"] for name in ("aggregator", "student")}
+    made_from["tokens"] = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
     stage = run.folder.stage("meta", run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
     # Validation is by the experts' running statistics, however the run is tested later.
@@ -270,6 +300,7 @@ def meta_train_student(
             task=task,
             inner_lr=config.inner_lr,
             inner_steps=config.inner_steps,
+            inner_loss=config.inner_loss,
             method=config.gradient,
         )
         return meta_train(
@@ -284,7 +315,7 @@ def meta_train_student(
             checkpoint_every=run.config.checkpoint_every,
             seed=seed_of(run.config.seed, "meta"),
             device=run.device,
-            workers=run.config.data.workers,
+            workers=run.workers,
         )
 
     _finished_or(train, stage, {"student": student, "aggregator": teacher})
@@ -294,7 +325,7 @@ def meta_train_student(
 def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
     """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
     with stage.alone():
-        if _load_finished(stage, modules):
+        if load_finished(stage, modules):
             tidy(stage)
             say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
             return
@@ -306,7 +337,15 @@ def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[s
     say(f"{stage.name}: {progress.summary()} ({stage.folder})")
 
 
-def _load_finished(stage: Stage, modules: Mapping[str, nn.Module]) -> bool:
+def _take_over(stage: Stage, modules: Mapping[str, nn.Module], path: Path) -> None:
+    """Make weights that somebody published the stage's result; the manifest says whose they are."""
+    with stage.alone():
+        save_tensors(stage.weights, Trainee(modules=modules, optimizers={}).weights())
+        stage.finish(files=[stage.weights], figures={"taken_from": path.name, "sha256": digest_of_file(path)})
+    say(f"{stage.name}: taken from {path} ({stage.folder})")
+
+
+def load_finished(stage: Stage, modules: Mapping[str, nn.Module]) -> bool:
     """Fill ``modules`` with the stage's result, if it is finished."""
     if stage.finished() is None:
         return False
@@ -325,51 +364,6 @@ def _fit_output_map(run: Run, tokens: TokenStore, aggregator: Aggregator, studen
         for index in chosen.split(run.config.tokens.batch_size):
             masked = without_own_expert(tokens[index], run.own_expert[index], mask=run.config.meta.mask)
             pooled.append(aggregator.pooled(masked.to(run.device)))
-            features.append(student.features(run.source.images(index).to(run.device)))
+        for images in stored_images(run.source, chosen.split(run.config.tokens.batch_size), workers=run.workers):
+            features.append(student.features(images.to(run.device)))
     aggregator.fit_output_map(torch.cat(pooled), torch.cat(features))
-
-
-def test(run: Run, split: str = "target") -> None:
-    """Evaluate the finished run on a split's domains: table to the console, rows to ``results.jsonl``."""
-    began = time.perf_counter()
-    adapter = load_as(run.folder, run.config, device=run.device)
-    erm = run.network(run.config.student_backbone, "student", for_weights_of=run.student_stage)
-    if not _load_finished(run.student_stage, {"model": erm}):
-        raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
-    plain = Student(features=erm.features, head=erm.head, task=run.dataset.task)
-    methods: dict[str, Method] = {
-        "ERM student": Unadapted(plain),
-        "batch statistics": BatchStatistics(plain),
-        "before adapting": Unadapted(adapter.student),
-        "adapted": adapter,
-    }
-    evaluations = {name: run.evaluate(method, split, name=name) for name, method in methods.items()}
-    for name, evaluation in evaluations.items():
-        run.folder.append_result(result_row(run, name, split, evaluation))
-    metric, support = run.dataset.task.selection_metric, run.config.support_size
-    scored = "included in" if run.config.evaluation.score_support else "left out of"
-    say(f"\n{split} domains: {metric} in percent; adapted to {support} unlabeled images of each, {scored} the score\n")
-    say(table(list(evaluations), list(evaluations.values()), run.dataset.splits[split].domain_names))
-    say(f"\ntested in {time.perf_counter() - began:.0f} s; run folder: {run.folder.path}")
-
-
-def result_row(run: Run, method: str, split: str, evaluation: Evaluation, **more: Any) -> dict[str, Any]:
-    """A line of ``results.jsonl``."""
-    return {
-        "method": method,
-        "dataset": run.dataset.name,
-        "split": split,
-        "seed": run.config.seed,
-        "metric": run.dataset.task.selection_metric,
-        "mean": evaluation.mean,
-        "worst": evaluation.worst,
-        "overall": dict(evaluation.overall),
-        "domains": {run.dataset.splits[split].domain_names[d]: dict(metrics) for d, metrics in evaluation.domains.items()},
-        "support_size": run.config.support_size,
-        "score_support": run.config.evaluation.score_support,
-        **more,
-        "weights": read_json(run.folder.path / "meta" / "manifest.json")["files"],
-        "config": run.config.model_dump(mode="json"),
-        "data": run.dataset.fingerprint,
-        "versions": versions(),
-    }

@@ -3,10 +3,12 @@
 Notation: B images, K outputs of the network (K classes; 1 for a binary task or a regression).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,17 +23,15 @@ class Task:
     Attributes:
         kind: which of the three.
         num_outputs: K, the width of the head.
-        selection_metric: the key of :meth:`metrics` by which checkpoints are chosen, higher is better; left out, it is the
-            accuracy, or the negative squared error.
     """
 
     kind: TaskKind
     num_outputs: int
-    selection_metric: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.selection_metric:
-            object.__setattr__(self, "selection_metric", "negative_mse" if self.kind == "regression" else "accuracy")
+    @property
+    def headline(self) -> str:
+        """The key of :meth:`metrics` that says most, higher is better."""
+        return "r" if self.kind == "regression" else "accuracy"
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean task loss of logits ``[B, K]`` against labels ``[B]``."""
@@ -60,15 +60,19 @@ class Task:
         return logits
 
     def metrics(self, predictions: Tensor, labels: Tensor) -> Mapping[str, float]:
-        """Metrics over all given images, in [0, 1] for classes.
+        """Metrics over all given images, in [0, 1] for classes; of values, Pearson's r and the mean squared error.
 
-        Macro F1 is over the classes that occur in ``labels``, as WILDS computes it for iwildcam.
+        Macro F1 is over the classes that occur in ``labels``, as WILDS computes it for iwildcam. r is not a number where
+        there are fewer than two images, or all values are equal.
         """
-        from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
+        from sklearn.metrics import accuracy_score, f1_score
 
         y, p = labels.numpy(), predictions.numpy()
         if self.kind == "regression":
-            return {"negative_mse": -float(mean_squared_error(y, p))}
+            y, p = y.astype(np.float64), p.astype(np.float64)
+            varied = len(y) > 1 and np.ptp(y) > 0 and np.ptp(p) > 0
+            r = float(np.corrcoef(y, p)[0, 1]) if varied else math.nan
+            return {"r": r, "mse": float(np.mean((y - p) ** 2))}
         return {
             "accuracy": float(accuracy_score(y, p)),
             "macro_f1": float(f1_score(y, p, labels=labels.unique().numpy(), average="macro", zero_division=0)),

@@ -1,7 +1,7 @@
 """The token store: what the N frozen experts say of every image of a split, computed once.
 
-A memory-mapped array ``[images, N, D]`` of float32, keyed by what it was made from. Reading it gives, to the bit, what the
-experts would give for the stored view of the same images in the same batches.
+A memory-mapped array ``[images, V, N, D]`` of float32, for the V stored views of each image, keyed by what it was made from.
+Reading it gives, to the bit, what the experts would give for the same views of the same images in the same batches.
 """
 
 import os
@@ -17,6 +17,7 @@ from torch import Tensor
 from dmoe.artifacts import read_json, write_json
 from dmoe.console import progress_bar
 from dmoe.data.base import DomainSplit
+from dmoe.data.streams import stored_images
 from dmoe.errors import UserError
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.run_folder import Stage
@@ -35,9 +36,18 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self._array)
 
+    @property
+    def views(self) -> int:
+        """V."""
+        return int(self._array.shape[1])
+
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Tokens ``[B, N, D]`` of the images numbered ``index`` ``[B]``."""
-        return torch.from_numpy(self._array[index.numpy()])
+        """Tokens ``[B, N, D]`` of view 0 of the images numbered ``index`` ``[B]``."""
+        return torch.from_numpy(self._array[index.numpy(), 0])
+
+    def of_views(self, index: Tensor, view: Tensor) -> Tensor:
+        """Tokens ``[B, N, D]`` of the images numbered ``index`` ``[B]``, each in its own view ``[B]``."""
+        return torch.from_numpy(self._array[index.numpy(), view.numpy()])
 
 
 def is_stored(stage: Stage) -> bool:
@@ -46,45 +56,63 @@ def is_stored(stage: Stage) -> bool:
 
 
 def build_store(
-    stage: Stage, *, split: DomainSplit, pool: ExpertPool, width: int, batch_size: int, device: torch.device
+    stage: Stage,
+    *,
+    split: DomainSplit,
+    pool: ExpertPool,
+    width: int,
+    batch_size: int,
+    device: torch.device,
+    views: int = 1,
+    workers: int = 0,
 ) -> TokenStore:
     """Open the stage's tokens; compute them first, or those still missing, where they were not made from the same inputs.
 
-    Batches are consecutive images, ``batch_size`` at a time.
+    Batches are consecutive images, each with all its views, ``batch_size`` of them at a time.
+
+    Args:
+        views: V, how many of the split's stored views to take.
+        workers: processes that read images ahead.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full, the folder cannot be written, or an image cannot be read.
     """
-    path, shape = stage.folder / TOKENS, (len(split), len(pool), width)
+    path, shape = stage.folder / TOKENS, (len(split), views, len(pool), width)
     with stage.alone():
         if not is_stored(stage):
-            _build(stage, split=split, pool=pool, shape=shape, batch_size=batch_size, device=device)
+            _build(stage, split=split, pool=pool, shape=shape, batch_size=batch_size, device=device, workers=workers)
     return TokenStore(_open(path, shape))
 
 
+Shape = tuple[int, int, int, int]
+
+
 def _build(
-    stage: Stage, *, split: DomainSplit, pool: ExpertPool, shape: tuple[int, int, int], batch_size: int, device: torch.device
+    stage: Stage, *, split: DomainSplit, pool: ExpertPool, shape: Shape, batch_size: int, device: torch.device, workers: int
 ) -> None:
     path, partial = stage.folder / TOKENS, stage.folder / "partial.json"
     cpu_began = time.process_time()
     stage.manifest.unlink(missing_ok=True)
-    first = 0
+    count, views = shape[:2]
+    first = 0  # counted in views: image i in view v is number i * views + v
     if _made_from_same(partial, stage.key) and path.is_file():
-        first = int(read_json(partial)["images"])
+        first = int(read_json(partial)["views"])
     try:
         array = _open(path, shape, mode="r+") if first else _create(path, shape)
-        with progress_bar(stage.name, total=len(split), start=first, unit="image") as bar:
-            for count, index in enumerate(torch.arange(first, len(split)).split(batch_size), start=1):
-                tokens = pool(split.images(index).to(device)).cpu()
-                array[index[0] : index[-1] + 1] = tokens.numpy()
+        flat = array.reshape(count * views, *shape[2:])
+        batches = torch.arange(first, count * views).split(batch_size)
+        images = stored_images(split, [b // views for b in batches], views=[b % views for b in batches], workers=workers)
+        with progress_bar(stage.name, total=count * views, start=first, unit="image") as bar:
+            for done, (index, batch) in enumerate(zip(batches, images, strict=True), start=1):
+                flat[index[0] : index[-1] + 1] = pool(batch.to(device, non_blocking=True)).cpu().numpy()
                 bar.update(len(index))
-                if count % BATCHES_BETWEEN_NOTES == 0:
+                if done % BATCHES_BETWEEN_NOTES == 0:
                     array.flush()
-                    write_json(partial, {"key": stage.key, "images": int(index[-1]) + 1})
+                    write_json(partial, {"key": stage.key, "views": int(index[-1]) + 1})
         array.flush()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); it needs {4 * np.prod(shape) / 2**20:.0f} MiB") from error
-    figures = {"images": len(split) - first, "cpu_seconds": time.process_time() - cpu_began}
+    figures = {"images": count * views - first, "cpu_seconds": time.process_time() - cpu_began}
     write_json(stage.manifest, {"key": stage.key, "inputs": dict(stage.inputs), "figures": figures})
     partial.unlink(missing_ok=True)
 
@@ -93,7 +121,7 @@ def _made_from_same(path: Path, key: str) -> bool:
     return path.is_file() and read_json(path).get("key") == key
 
 
-def _create(path: Path, shape: tuple[int, int, int]) -> np.memmap:
+def _create(path: Path, shape: Shape) -> np.memmap:
     array = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     if hasattr(os, "posix_fallocate"):  # a disk that is full says so now; through the map it would kill the process
         with open(path, "r+b") as file:
@@ -101,7 +129,7 @@ def _create(path: Path, shape: tuple[int, int, int]) -> np.memmap:
     return array
 
 
-def _open(path: Path, shape: tuple[int, int, int], mode: Literal["r", "r+"] = "r") -> np.memmap:
+def _open(path: Path, shape: Shape, mode: Literal["r", "r+"] = "r") -> np.memmap:
     try:
         array = open_memmap(path, mode=mode)
     except (OSError, ValueError) as error:

@@ -51,6 +51,7 @@ def train_all_experts(run: Run, *, gpu: int | None = None, threads: int | None =
         return
     places = _places(gpu, cores=threads or cores(), threads=config.threads)
     say(f"experts: {len(waiting)} of {config.count} to train, {min(len(places), len(waiting))} at a time")
+    share = config.threads if not _is_gpu(places[0]) else max(1, (threads or cores()) // len(places))
     steps = _steps_of(run)
     total, finished_steps, failed = sum(steps[number] for number in waiting), 0, []
     running: dict[str, _Training] = {}
@@ -60,7 +61,7 @@ def train_all_experts(run: Run, *, gpu: int | None = None, threads: int | None =
             while waiting or running:
                 for place in places:
                     if place not in running and waiting:
-                        running[place] = _start(run, waiting.pop(0), place)
+                        running[place] = _start(run, waiting.pop(0), place, threads=share)
                 time.sleep(POLL_SECONDS)
                 for place, training in list(running.items()):
                     if training.process.poll() is None:
@@ -106,13 +107,22 @@ def _steps_of(run: Run) -> list[int]:
     return [training.duration.steps(max(1, size // training.batch_size)) for size in sizes]
 
 
-def _start(run: Run, number: int, place: str) -> _Training:
+def _is_gpu(place: str) -> bool:
+    return not place.startswith("cpu")
+
+
+def _start(run: Run, number: int, place: str, *, threads: int) -> _Training:
     log_path = run.expert_stage(number).folder / "log.txt"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    gpu = "-1" if place.startswith("cpu") else place
+    gpu = place if _is_gpu(place) else "-1"
     command = [sys.executable, str(SCRIPT), "--run_dir", str(run.folder.path), "--expert_idx", str(number), "--gpu", gpu]
+    command += ["--threads", str(threads)]
     if run.config.data.dir is not None:
         command += ["--data_dir", str(run.config.data.dir)]
+    # What may change from visit to visit is not in the recorded configuration.
+    command += [f"checkpoint_every={run.config.checkpoint_every}", f"evaluation.batch_size={run.config.evaluation.batch_size}"]
+    if run.config.data.workers is not None:
+        command.append(f"data.workers={run.config.data.workers}")
     log = open(log_path, "ab")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return _Training(number, process, log_path, log)

@@ -19,7 +19,7 @@ def train_expert(run: Run, number: int) -> None:
         if stage.finished() is not None:
             print(f"{stage.name}: already finished from the same inputs ({stage.folder})", flush=True)
             return
-        expert = run.network(config.backbone, "expert", number, for_weights_of=stage)
+        expert = run.network(config.backbone, "expert", number, to_train=True)
         members = torch.where(run.own_expert == number)[0]
         progress = run.train_network(stage, expert, members, config.training, report=_print_progress)
         stage.finish(files=[stage.weights], figures=progress.figures())

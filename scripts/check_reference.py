@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 from dmoe.adaptation import Adapter
 from dmoe.artifacts import load_into, load_tensors, under_prefix, with_prefix
 from dmoe.config import OptimizerConfig
-from dmoe.data.base import DomainSplit
+from dmoe.data.base import DomainDataset, DomainSplit
+from dmoe.data.transforms import ImageTransform
 from dmoe.errors import UserError
 from dmoe.evaluation import evaluate
 from dmoe.meta.gradient import GradientMethod, distillation_loss
@@ -34,6 +35,7 @@ from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import Network, PooledDenseNet
 from dmoe.models.student import Student
 from dmoe.optimizers import ScheduledAdam
+from dmoe.published import AGGREGATOR, STUDENT
 from dmoe.tasks import Task
 
 RTOL, ATOL = 1e-9, 1e-12
@@ -45,16 +47,6 @@ HEADS = 4
 
 EPOCHS = 2
 """Of meta_two_epochs."""
-
-RENAMES = (
-    (r"^classifier\.0\.", "head."),
-    (r"^mlp\.", "head."),
-    (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.attention_norm."),
-    (r"^transformer\.layers\.(\d+)\.0\.fn\.attend\.", r"blocks.\1.attention."),
-    (r"^transformer\.layers\.(\d+)\.1\.norm\.", r"blocks.\1.perceptron_norm."),
-    (r"^transformer\.layers\.(\d+)\.1\.fn\.net\.", r"blocks.\1.perceptron."),
-)
-"""Published parameter names, and ours."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +184,14 @@ class StoredDomains(DomainSplit):
         self.labels = torch.cat([file[f"{batch}.y"] for batch in batches])
         self.domains = torch.cat([file[f"{batch.split('.')[0]}.id"].expand(size) for batch, size in self.sizes.items()])
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self._images[index]
+
+    def as_target(self, name: str, task: Task) -> DomainDataset:
+        """A data set of nothing else."""
+        channels, height, width = self._images.shape[1:]
+        transform = ImageTransform(image_shape=(channels, height, width))
+        return DomainDataset(name=name, splits={"target": self}, task=task, transform=transform, class_names=(), fingerprint="")
 
 
 def _adaptation(name: str, file: Reference, method: GradientMethod) -> dict[str, Tensor]:
@@ -208,7 +206,7 @@ def _adaptation(name: str, file: Reference, method: GradientMethod) -> dict[str,
         task=task,
     )
     support_size = split.sizes["d0.b0"]
-    found = evaluate(adapter, split, task=task, support_size=support_size, batch_size=support_size)
+    found = evaluate(adapter, split.as_target(name, task), "target", support_size=support_size, batch_size=support_size)
     metrics = {"acc": found.overall["accuracy"]}
     if task.kind == "multiclass":
         metrics |= {"mean_domain_acc": found.mean, "macro_f1": found.overall["macro_f1"]}
@@ -257,7 +255,7 @@ def _features(tensors: Mapping[str, Tensor]) -> nn.Module:
 def _network(file: Reference) -> Network:
     weight = file["student.classifier.0.weight"]
     network = Network(features=_features(under_prefix("student.features", file)), head=nn.Linear(weight.shape[1], weight.shape[0]))
-    load_into(network.double(), {_ours(name): t for name, t in under_prefix("student", file).items()}, where="student")
+    load_into(network.double(), STUDENT.renamed(under_prefix("student", file), where="student"), where="student")
     return network
 
 
@@ -269,7 +267,7 @@ def _aggregator(file: Reference) -> Aggregator:
     outputs, width = file["aggregator.mlp.1.weight"].shape
     depth = _count(file, "aggregator.transformer.layers.")
     aggregator = Aggregator(width=width, num_outputs=outputs, depth=depth, heads=HEADS, dropout=0.1).double()
-    load_into(aggregator, {_ours(name): t for name, t in under_prefix("aggregator", file).items()}, where="aggregator")
+    load_into(aggregator, AGGREGATOR.renamed(under_prefix("aggregator", file), where="aggregator"), where="aggregator")
     return aggregator
 
 
@@ -299,18 +297,12 @@ def _optimizers(file: Reference, learner: MetaLearner, *, batches: int, decay: f
 def _published(file: Reference, learner: MetaLearner, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     """A value of every parameter that has one, under its published name."""
     found = {}
-    for part, module in (("student", learner.student), ("aggregator", learner.aggregator)):
+    for part, module, naming in (("student", learner.student, STUDENT), ("aggregator", learner.aggregator, AGGREGATOR)):
         for published in under_prefix(part, file):
-            parameter = dict(module.named_parameters()).get(_ours(published))
+            parameter = dict(module.named_parameters()).get(naming.ours(published) or published)
             if parameter is not None and (tensor := value(parameter)) is not None:
                 found[f"{part}.{published}"] = tensor
     return found
-
-
-def _ours(published: str) -> str:
-    for pattern, ours in RENAMES:
-        published = re.sub(pattern, ours, published)
-    return published
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:

@@ -80,7 +80,7 @@ def one_seed(folder: Path, seed: int, overrides: list[str]) -> None:
     steps = round(training.duration.steps(len(run.source) // training.batch_size) * sum(seconds.values()) / seconds["student"])
     settings = training.model_copy(update={"duration": Duration(steps, "steps")})
     stage = run.folder.stage("long_erm", run.facts("student", steps=steps))
-    long_erm = run.network(run.config.student_backbone, "student", for_weights_of=stage)
+    long_erm = run.network(run.config.student_backbone, "student", to_train=True)
     print(f"ERM for as long as everything together: {steps} steps, {json.dumps(seconds)}", flush=True)
     run.train_network(stage, long_erm, torch.arange(len(run.source)), settings)
 

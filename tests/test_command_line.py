@@ -98,10 +98,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("command_line") / "run"
     options = parser("", epilog="").parse_intermixed_args(["--run_dir", str(folder), "--gpu", "-1", "--threads", "1"])
     run = open_run(options)
-    experts, student = [], run.network(run.config.student_backbone, "student", for_weights_of=run.student_stage)
+    experts, student = [], run.network(run.config.student_backbone, "student", to_train=False)
     for number in range(run.config.experts.count):
         stage = run.expert_stage(number)
-        experts.append(run.network(run.config.experts.backbone, "expert", number, for_weights_of=stage))
+        experts.append(run.network(run.config.experts.backbone, "expert", number, to_train=False))
         save_tensors(stage.weights, with_prefix("model", experts[-1].state_dict()))
         stage.finish(files=[stage.weights], figures={})
     save_tensors(run.student_stage.weights, with_prefix("model", student.state_dict()))

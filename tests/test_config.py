@@ -172,7 +172,7 @@ def test_infinite_value_is_refused(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "name", "known"),
     [
-        ("colour=red", "colour", "known here: dataset, seed"),
+        ("colour=red", "colour", "known here: dataset, preset, seed"),
         ("meta.inner_rate=1", "meta.inner_rate", "inner_lr"),
         ("student.training.optimizer.rate=1", "student.training.optimizer.rate", "known here: lr, l2"),
         ("student.backbone.size=1", "student.backbone.size", "known here: name, weights"),
@@ -193,7 +193,7 @@ def test_fault_in_the_file_names_the_file(path: Path) -> None:
 
 def test_unknown_field_in_the_file_names_the_file(path: Path) -> None:
     path.write_text(yaml.safe_dump({**CONTENT, "sede": 1}), encoding="utf-8")
-    assert fault(path).startswith(f"{path}: sede is not a field; known here: dataset, seed")
+    assert fault(path).startswith(f"{path}: sede is not a field; known here: dataset, preset, seed")
 
 
 def test_fault_of_a_flag_names_the_command_line(path: Path) -> None:

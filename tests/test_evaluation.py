@@ -1,5 +1,6 @@
 """The protocol of testing: what is adapted to, what is predicted, and what is scored."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -8,8 +9,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from dmoe.data.base import DomainSplit
-from dmoe.evaluation import Evaluation, evaluate, table
+from dmoe.data.base import DomainDataset, DomainSplit
+from dmoe.data.transforms import ImageTransform
+from dmoe.evaluation import Evaluation, evaluate
 from dmoe.models.student import Student
 from dmoe.tasks import Task
 
@@ -26,7 +28,7 @@ class Numbered(DomainSplit):
         self.labels, self.domains, self.group_domains = labels, DOMAINS, DOMAINS
         self.domain_names: Mapping[int, str] = {}
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         assert draw is None
         return index.float().view(-1, 1, 1, 1)
 
@@ -52,8 +54,14 @@ class Recorder:
         return cast(Student, Guess(images))
 
 
+def dataset(split: DomainSplit, task: Task = TASK, **facts: Any) -> DomainDataset:
+    transform = ImageTransform((1, 1, 1))
+    return DomainDataset("numbers", {"target": split}, task, transform, class_names=(), fingerprint="", **facts)
+
+
 def evaluated(method: Recorder | None = None, *, support_size: int = 2, batch_size: int = 3, **settings: Any) -> Evaluation:
-    return evaluate(method or Recorder(), Numbered(), task=TASK, support_size=support_size, batch_size=batch_size, **settings)
+    numbers = dataset(Numbered())
+    return evaluate(method or Recorder(), numbers, "target", support_size=support_size, batch_size=batch_size, **settings)
 
 
 def guesses(offsets: Mapping[int, int]) -> Tensor:
@@ -130,19 +138,36 @@ def test_predictions_of_a_regression_are_values() -> None:
         def adapt(self, images: Tensor) -> Student:
             return cast(Student, Half())
 
-    task = Task("regression", num_outputs=1, selection_metric="negative_mse")
-    split = Numbered(labels=torch.arange(10) / 2 + 1)
-    found = evaluate(Method(), split, task=task, support_size=1, batch_size=4)
+    values = dataset(Numbered(labels=torch.arange(10) / 2 + torch.tensor([1, -1] * 5)), Task("regression", num_outputs=1))
+    found = evaluate(Method(), values, "target", support_size=1, batch_size=4)
     assert found.predictions.tolist() == [i / 2 for i in range(10)]
-    assert found.score == pytest.approx(-1)
+    assert found.overall["mse"] == pytest.approx(1)
+    assert found.score == found.overall["r"]
 
 
-def test_the_table_has_a_row_a_domain_and_the_mean_and_the_worst_at_its_end() -> None:
-    one, other = evaluated(), evaluated(support_from={2: 7, 7: 30, 30: 2})
-    lines = [line.split() for line in table(["own", "other"], [one, other], {2: "two", 7: "seven"}).splitlines()]
-    assert lines[0] == ["domain", "own", "other"]
-    assert [line[0] for line in lines[2:5]] == ["two", "seven", "30"]
-    for line, domain in zip(lines[2:5], (2, 7, 30), strict=True):
-        assert line[1:] == [f"{100 * e.domains[domain]['accuracy']:.1f}" for e in (one, other)]
-    assert lines[6] == ["mean", f"{100 * one.mean:.1f}", f"{100 * other.mean:.1f}"]
-    assert lines[7] == ["worst", "domain", f"{100 * one.worst:.1f}", f"{100 * other.worst:.1f}"]
+def test_the_data_set_may_have_metrics_of_its_own() -> None:
+    seen: list[tuple[str, list[int], list[int]]] = []
+
+    def official(split: str, index: Tensor, predictions: Tensor) -> Mapping[str, float]:
+        seen.append((split, index.tolist(), predictions.tolist()))
+        return {"first": 0.25, "second": 0.5}
+
+    numbers = dataset(Numbered(), official_metrics=official, selection_metric="second")
+    found = evaluate(Recorder(), numbers, "target", support_size=2, batch_size=3)
+    assert found.overall == {"first": 0.25, "second": 0.5}
+    assert found.score == 0.5
+    assert found.mean == evaluated().mean, "domains are judged by the task's metrics all the same"
+    (split, index, predictions) = seen[0]
+    assert split == "target" and sorted(index) == list(range(10)) and len(seen) == 1
+    assert predictions == guesses(OWN_FIRST)[index].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_that_read_ahead_change_nothing(workers: int) -> None:
+    assert evaluated(workers=workers).overall == evaluated().overall
+
+
+def test_a_domain_whose_metric_is_not_a_number_is_left_out_of_mean_and_worst() -> None:
+    metrics = {1: {"r": 0.5}, 2: {"r": math.nan}, 3: {"r": 0.1}}
+    found = Evaluation({}, metrics, torch.zeros(0), selection_metric="r", headline="r")
+    assert (found.mean, found.worst) == (pytest.approx(0.3), 0.1)

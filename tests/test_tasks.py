@@ -9,7 +9,7 @@ from dmoe.tasks import Task
 
 MULTICLASS = Task("multiclass", num_outputs=3)
 BINARY = Task("binary", num_outputs=1)
-REGRESSION = Task("regression", num_outputs=1, selection_metric="negative_mse")
+REGRESSION = Task("regression", num_outputs=1)
 
 
 def test_multiclass_loss_is_the_mean_negative_log_probability() -> None:
@@ -71,12 +71,19 @@ def test_a_class_that_is_never_predicted_has_an_f1_of_0() -> None:
     assert MULTICLASS.metrics(torch.tensor([0, 0]), torch.tensor([0, 1]))["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
-def test_the_metric_of_a_regression_is_higher_for_smaller_errors() -> None:
-    labels = torch.tensor([1.0, 2.0])
-    assert REGRESSION.metrics(torch.tensor([2.0, 4.0]), labels) == {"negative_mse": pytest.approx(-(1 + 4) / 2)}
+def test_a_regression_is_judged_by_correlation_and_squared_error() -> None:
+    """Values 1, 2, 3 and predictions 2, 4, 3: covariance 1/2, variances 1 and 1."""
+    metrics = REGRESSION.metrics(torch.tensor([2.0, 4.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    assert metrics == {"r": pytest.approx(0.5), "mse": pytest.approx((1 + 4 + 0) / 3)}
+
+
+@pytest.mark.parametrize("predictions", [[2.0], [2.0, 2.0], [2.0, 2.0, 2.0]])
+def test_there_is_no_correlation_of_one_image_or_of_equal_predictions(predictions: list[float]) -> None:
+    labels = torch.arange(len(predictions)).float()
+    assert math.isnan(REGRESSION.metrics(torch.tensor(predictions), labels)["r"])
 
 
 @pytest.mark.parametrize("task", [MULTICLASS, BINARY, REGRESSION])
-def test_the_selection_metric_is_one_of_the_metrics(task: Task) -> None:
+def test_the_headline_is_one_of_the_metrics(task: Task) -> None:
     values = torch.tensor([0.0, 1.0]) if task.kind == "regression" else torch.tensor([0, 1])
-    assert task.selection_metric in task.metrics(values, values)
+    assert task.headline in task.metrics(values, values)

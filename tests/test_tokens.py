@@ -28,7 +28,7 @@ class Pictures(DomainSplit):
         self.labels = self.domains = self.group_domains = torch.zeros(IMAGES, dtype=torch.int64)
         self.domain_names = {0: "all"}
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         assert draw is None, "tokens are of the stored view"
         return self._images[index]
 
@@ -180,5 +180,5 @@ def test_file_of_another_shape_is_told_in_one_line(tmp_path: Path) -> None:
     fewer = CountingPool(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(2))
     with pytest.raises(UserError) as caught:
         build(tmp_path, fewer)
-    assert str(caught.value).startswith(f"{tmp_path / 'tokens.npy'}: holds (300, 3, 8) float32, expected (300, 2, 8)")
+    assert str(caught.value).startswith(f"{tmp_path / 'tokens.npy'}: holds (300, 1, 3, 8) float32, expected (300, 1, 2, 8)")
     assert "\n" not in str(caught.value)

@@ -4,8 +4,8 @@ Notation: n images in a split, B in a batch, images ``[B, C, H, W]``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -24,22 +24,28 @@ class DomainSplit(ABC):
         group_domains: ``[n]`` int64, the domain by which images are given to experts. Mostly the same as ``domains``;
             where episodes use finer domains than experts do, it is the coarser of the two.
         domain_names: a readable name of each number in ``domains``.
+        views: how many stored views an image has; view 0 is the image as it is.
     """
 
     labels: Tensor
     domains: Tensor
     group_domains: Tensor
     domain_names: Mapping[int, str]
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         """The images numbered ``index`` ``[B]``, float32 ``[B, C, H, W]``, ready for a network.
 
-        ``draw=None`` gives the stored view: the same pixels each time, which is what tokens are computed from. A number
-        gives a fresh random augmentation, a pure function of it. Data sets without augmentation ignore ``draw``.
+        ``draw=None`` gives stored views, the same pixels each time, which is what tokens are computed from: for each image the
+        one that ``view`` ``[B]`` says, or view 0. A number gives a fresh random augmentation instead, a pure function of it.
+        Data sets without augmentation ignore ``draw``.
+
+        Raises:
+            UserError: an image cannot be read.
         """
 
     @cached_property
@@ -58,9 +64,14 @@ class FirstImages(DomainSplit):
         self._kept = torch.cat([members[:count] for members in split.members.values()]).sort().values
         self.labels, self.domains = split.labels[self._kept], split.domains[self._kept]
         self.group_domains, self.domain_names = split.group_domains[self._kept], split.domain_names
+        self.views = split.views
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
-        return self._split.images(self._kept[index], draw=draw)
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        return self._split.images(self._kept[index], view=view, draw=draw)
+
+
+OfficialMetrics = Callable[[str, Tensor, Tensor], Mapping[str, float]]
+"""(name of a split, image numbers ``[B]``, predictions ``[B]``) to the metrics that the data set's own makers defined."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +79,19 @@ class DomainDataset:
     """A multi-domain data set: its splits, its task, and what an image looks like.
 
     Attributes:
-        splits: ``source`` (train here), ``validation`` (choose here) and ``target`` (report here); their domains are disjoint.
+        splits: ``source`` (train here), ``validation`` (choose here) and ``target`` (report here), perhaps others to test on. The
+            target's domains are in no other of the three.
         transform: how a picture from elsewhere becomes an image of this data set.
         class_names: one name an output class; empty for a regression.
         fingerprint: changes whenever any pixel, label or split could change.
+        official_metrics: the data set's own metrics over all images of a split; None: those of the task.
+        selection_metric: the one of them by which checkpoints are chosen, higher is better; empty: the task's.
+        reported: those that are printed, each with the name that people know it by; empty: the selection metric.
+        official_name: what the data set is called by its makers, where that differs.
+        official_splits: what its splits are called by them.
+        replicate: which of several ways to split it this is, as leaderboards name it; empty: there is one.
+        in_memory: whether images are there at once, so that no process needs to read ahead.
+        unreadable: images that were left out because they cannot be read.
     """
 
     name: str
@@ -80,6 +100,26 @@ class DomainDataset:
     transform: ImageTransform
     class_names: Sequence[str]
     fingerprint: str
+    official_metrics: OfficialMetrics | None = None
+    selection_metric: str = ""
+    reported: Mapping[str, str] = field(default_factory=dict)
+    official_name: str = ""
+    official_splits: Mapping[str, str] = field(default_factory=dict)
+    replicate: str = ""
+    in_memory: bool = True
+    unreadable: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.selection_metric:
+            object.__setattr__(self, "selection_metric", self.task.headline)
+        if not self.reported:
+            object.__setattr__(self, "reported", {self.selection_metric: self.selection_metric})
+
+    def metrics(self, split: str, index: Tensor, predictions: Tensor) -> Mapping[str, float]:
+        """All metrics over images ``index`` ``[B]`` of a split, predicted as ``predictions`` ``[B]``."""
+        if self.official_metrics is not None:
+            return self.official_metrics(split, index, predictions)
+        return self.task.metrics(predictions, self.splits[split].labels[index])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

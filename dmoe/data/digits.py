@@ -90,7 +90,7 @@ class Scans(DomainSplit):
         self.domain_names = {s.number: str(s) for s in scanners}
         self._stored: Tensor | None = None
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         if draw is not None:
             return self._scan(index, generator("digits", draw))
         if self._stored is None:

@@ -18,7 +18,7 @@ class Episode:
         domain: all images are of this one.
         support: ``[S]``, their labels are not to be used.
         query: ``[Q]``, disjoint from the support; smaller than asked for where the domain is small.
-        draw: seed of the fresh augmentation of the query images.
+        draw: seed of the fresh augmentation of the query images, and of the support's views.
     """
 
     domain: int

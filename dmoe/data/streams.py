@@ -1,6 +1,6 @@
 """What a step trains on, as a pure function of the step: any step can be asked for, in any order, by any process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dmoe.data.base import DomainSplit
+from dmoe.errors import UserError
 from dmoe.randomness import Key, generator, seed_of
 
 Batch = TypeVar("Batch")
@@ -30,24 +31,45 @@ class EpochOrder:
         return self._order[within * self.batch_size : (within + 1) * self.batch_size]
 
 
-class _StepBatches(Dataset[Batch]):
+class _StepBatches(Dataset[Batch | UserError]):
     def __init__(self, make: Callable[[int], Batch]) -> None:
         self._make = make
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._make(step)
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self._make(step)
+        except UserError as error:  # raised in a worker it would come with a page of traceback
+            return error
 
 
 def stream(make: Callable[[int], Batch], *, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
-    """The batches ``make(start) .. make(stop - 1)`` in order, made ahead by ``workers`` processes if there are any."""
-    loader: DataLoader[Batch] = DataLoader(
+    """The batches ``make(start) .. make(stop - 1)`` in order, made ahead by ``workers`` processes if there are any.
+
+    Raises:
+        UserError: one of ``make``, whichever process it ran in.
+    """
+    loader: DataLoader[Batch | UserError] = DataLoader(
         _StepBatches(make),
         batch_size=None,
         sampler=range(start, stop),
-        num_workers=workers,
+        num_workers=min(workers, stop - start),
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def stored_images(
+    split: DomainSplit, batches: Sequence[Tensor], *, views: Sequence[Tensor] | None = None, workers: int = 0
+) -> Iterator[Tensor]:
+    """Stored views of the images of each batch of numbers, ``[B, C, H, W]``, in order; view 0, or those that ``views`` names."""
+
+    def make(number: int) -> Tensor:
+        return split.images(batches[number], view=views[number] if views is not None else None)
+
+    return stream(make, start=0, stop=len(batches), workers=workers)
 
 
 def supervised_batches(

@@ -17,6 +17,7 @@ Params = Mapping[str, Tensor]
 Apply = Callable[[Params, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 GradientMethod = Literal["forward_over_reverse", "double_backward"]
+InnerLoss = Literal["mean_square", "norm"]
 
 
 class MetaGradient(NamedTuple):
@@ -39,30 +40,42 @@ class MetaGradient(NamedTuple):
     logits: Tensor
 
 
-def distillation_loss(features: Tensor, target: Tensor) -> Tensor:
-    """L_in: the squared difference, averaged over all B x D entries.
+def distillation_loss(features: Tensor, target: Tensor, kind: InnerLoss = "mean_square") -> Tensor:
+    """L_in: the squared difference, averaged over all B x D entries; or its length, averaged over the B images.
 
     Raises:
         ValueError: the two have different shapes.
     """
     if features.shape != target.shape:
         raise ValueError(f"features {list(features.shape)} and target {list(target.shape)} must have one shape")
+    if kind == "norm":
+        length: Tensor = torch.linalg.vector_norm(features - target, dim=1).mean()
+        return length
     return (features - target).square().mean()
 
 
-def inner_step(features: Apply, theta: Params, images: Tensor, target: Tensor, inner_lr: float) -> tuple[dict[str, Tensor], Tensor]:
+def inner_step(
+    features: Apply, theta: Params, images: Tensor, target: Tensor, inner_lr: float, inner_loss: InnerLoss = "mean_square"
+) -> tuple[dict[str, Tensor], Tensor]:
     """One gradient step on L_in: the new parameters and the loss before the step."""
-    gradient, loss = grad_and_value(lambda p: distillation_loss(features(p, images), target))(dict(theta))
+    gradient, loss = grad_and_value(lambda p: distillation_loss(features(p, images), target, inner_loss))(dict(theta))
     return {name: value - inner_lr * gradient[name] for name, value in theta.items()}, loss
 
 
 def adapted_parameters(
-    features: Apply, theta: Params, images: Tensor, target: Tensor, *, inner_lr: float, inner_steps: int = 1
+    features: Apply,
+    theta: Params,
+    images: Tensor,
+    target: Tensor,
+    *,
+    inner_lr: float,
+    inner_steps: int = 1,
+    inner_loss: InnerLoss = "mean_square",
 ) -> dict[str, Tensor]:
     """theta after ``inner_steps`` steps towards ``target``; no graph is kept."""
     adapted = {name: value.detach() for name, value in theta.items()}
     for _ in range(inner_steps):
-        adapted, _ = inner_step(features, adapted, images, target.detach(), inner_lr)
+        adapted, _ = inner_step(features, adapted, images, target.detach(), inner_lr, inner_loss)
     return adapted
 
 
@@ -79,6 +92,7 @@ def meta_gradient(
     labels: Tensor,
     inner_lr: float,
     inner_steps: int = 1,
+    inner_loss: InnerLoss = "mean_square",
     method: GradientMethod = "forward_over_reverse",
 ) -> MetaGradient:
     """The outer loss on the query images after adapting to the support images, with its second-order gradients.
@@ -96,7 +110,9 @@ def meta_gradient(
     theta = {name: value.detach() for name, value in theta.items()}
     w = {name: value.detach() for name, value in w.items()}
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has neither a second derivative nor a forward mode
-        return run(_Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps))
+        return run(
+            _Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss)
+        )
 
 
 class _Episode(NamedTuple):
@@ -111,20 +127,21 @@ class _Episode(NamedTuple):
     labels: Tensor
     inner_lr: float
     inner_steps: int
+    inner_loss: InnerLoss
 
 
 def _forward_over_reverse(episode: _Episode) -> MetaGradient:
     """Back through the inner steps by Hessian-vector products.
 
     With theta_0 = theta, theta_{k+1} = theta_k - lr * dL_in/dtheta_k and v_K = dL_out/dtheta_K, one forward-over-reverse pass
-    at theta_k in direction v_{k+1} gives both H v, by which v_k = v_{k+1} - lr * H v, and J v, the tangent of the features,
-    by which dL_out/dt grows by lr * 2 / (S * D) * J v.
+    at theta_k in direction v_{k+1} gives both H v, by which v_k = v_{k+1} - lr * H v, and J v, the tangent of the features f,
+    by which dL_out/dt grows by -lr * (d2 L_in / dt df) J v: for the mean square, lr * 2 / (S * D) * J v.
     """
-    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps = episode
+    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind = episode
     path: list[Params] = [theta]
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
-        stepped, inner_loss = inner_step(features, path[-1], support, target, inner_lr)
+        stepped, inner_loss = inner_step(features, path[-1], support, target, inner_lr, kind)
         path.append(stepped)
         inner_losses.append(inner_loss)
 
@@ -136,26 +153,32 @@ def _forward_over_reverse(episode: _Episode) -> MetaGradient:
 
     def inner(p: Params) -> tuple[Tensor, Tensor]:
         student = features(p, support)
-        return distillation_loss(student, target), student
+        return distillation_loss(student, target, kind), student
+
+    def pull(student: Tensor) -> Tensor:
+        """dL_in/dt."""
+        gradient: Tensor = grad(lambda t: distillation_loss(student, t, kind))(target)
+        return gradient
 
     target_gradient = torch.zeros_like(target)
     for point in reversed(path[:-1]):
-        hessian_v, jacobian_v = jvp(grad(inner, has_aux=True), (dict(point),), (v,))[1]
-        target_gradient += inner_lr * 2 / target.numel() * jacobian_v
+        passed = jvp(grad(inner, has_aux=True), (dict(point),), (v,))
+        (_, student), (hessian_v, jacobian_v) = passed[0], passed[1]
+        target_gradient -= inner_lr * jvp(pull, (student,), (jacobian_v,))[1]
         v = {name: value - inner_lr * hessian_v[name] for name, value in v.items()}
     return MetaGradient(outer_loss, inner_losses[0], v, w_gradient, target_gradient, logits.detach())
 
 
 def _double_backward(episode: _Episode) -> MetaGradient:
     """The whole episode as one graph, differentiated by autograd."""
-    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps = episode
+    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind = episode
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     head_leaves = {name: value.clone().requires_grad_() for name, value in w.items()}
     t = target.clone().requires_grad_()
     point: dict[str, Tensor] = leaves
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
-        inner_loss = distillation_loss(features(point, support), t)
+        inner_loss = distillation_loss(features(point, support), t, kind)
         gradients = torch.autograd.grad(inner_loss, list(point.values()), create_graph=True, materialize_grads=True)
         point = {name: value - inner_lr * g for (name, value), g in zip(point.items(), gradients, strict=True)}
         inner_losses.append(inner_loss.detach())

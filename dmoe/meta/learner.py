@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmoe.meta.gradient import GradientMethod, Params, meta_gradient
+from dmoe.meta.gradient import GradientMethod, InnerLoss, Params, meta_gradient
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
 from dmoe.optimizers import ScheduledAdam
@@ -54,10 +54,12 @@ class MetaLearner:
         task: Task,
         inner_lr: float,
         inner_steps: int = 1,
+        inner_loss: InnerLoss = "mean_square",
         method: GradientMethod = "forward_over_reverse",
     ) -> None:
         self.student, self.aggregator = student.eval(), aggregator.eval()
-        self._task, self._inner_lr, self._inner_steps, self._method = task, inner_lr, inner_steps, method
+        self._task, self._inner_lr, self._inner_steps = task, inner_lr, inner_steps
+        self._inner_loss, self._method = inner_loss, method
         self._theta = dict(student.features.named_parameters())
         self._w = dict(student.head.named_parameters())
         self._buffers = dict(student.features.named_buffers())
@@ -89,6 +91,7 @@ class MetaLearner:
                 labels=episode.labels,
                 inner_lr=self._inner_lr,
                 inner_steps=self._inner_steps,
+                inner_loss=self._inner_loss,
                 method=self._method,
             )
             by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()

@@ -10,6 +10,7 @@ from dmoe.console import say
 from dmoe.data.base import DomainSplit
 from dmoe.data.episodes import Episode, EpisodeSampler
 from dmoe.data.streams import stream
+from dmoe.data.transforms import random_views
 from dmoe.loop import Progress, Trainee, run
 from dmoe.meta.learner import EpisodeBatch, MetaLearner
 from dmoe.models.expert_pool import without_own_expert
@@ -34,10 +35,11 @@ def meta_train(
 ) -> Progress:
     """Meta-train ``learner`` on episodes of the source split; it ends with the weights that scored best.
 
-    Support images come in their stored view, which their tokens are of; query images are freshly augmented.
+    Support images come in a stored view, which their tokens are of, drawn at random where there are several; query images are
+    freshly augmented.
 
     Args:
-        tokens: of the split's stored view, all N.
+        tokens: of the split's stored views, all N.
         own_expert: ``[n]``, the expert whose group holds each image's domain.
         evaluate: the score on validation domains, after adapting; higher is better.
     """
@@ -49,9 +51,11 @@ def meta_train(
     steps = config.duration.steps(steps_per_epoch)
 
     def tensors(episode: Episode) -> EpisodeBatch:
-        masked = without_own_expert(tokens[episode.support], own_expert[episode.support], mask=config.mask)
+        view = random_views(len(episode.support), tokens.views, episode.draw, "support")
+        stored = tokens.of_views(episode.support, view)
+        masked = without_own_expert(stored, own_expert[episode.support], mask=config.mask)
         query = split.images(episode.query, draw=episode.draw)
-        return EpisodeBatch(split.images(episode.support), masked, query, split.labels[episode.query])
+        return EpisodeBatch(split.images(episode.support, view=view), masked, query, split.labels[episode.query])
 
     def update(number: int) -> list[EpisodeBatch]:
         return [tensors(sampler(number, slot)) for slot in range(per_update)]

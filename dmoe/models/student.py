@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmoe.meta.gradient import adapted_parameters
+from dmoe.meta.gradient import InnerLoss, adapted_parameters
 from dmoe.models.copying import private_copy
 from dmoe.tasks import Task
 
@@ -24,7 +24,15 @@ class Student:
         """The modules are wrapped, not copied and not changed; in-place changes of their tensors show here."""
         self.features, self.head, self.task = private_copy(features), private_copy(head), task
 
-    def adapted(self, images: Tensor, target: Tensor, *, inner_lr: float, inner_steps: int = 1) -> "Student":
+    def adapted(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        inner_lr: float,
+        inner_steps: int = 1,
+        inner_loss: InnerLoss = "mean_square",
+    ) -> "Student":
         """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``.
 
         Raises:
@@ -39,6 +47,7 @@ class Student:
             target,
             inner_lr=inner_lr,
             inner_steps=inner_steps,
+            inner_loss=inner_loss,
         )
         return Student(features=private_copy(features, parameters), head=self.head, task=self.task)
 

@@ -22,7 +22,7 @@ class Uneven(DomainSplit):
         self.domains = domains[torch.randperm(len(domains), generator=torch.Generator().manual_seed(0))]
         self.group_domains, self.labels, self.domain_names = self.domains, self.domains % 2, NAMES
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return index.float().view(-1, 1, 1, 1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.data.partition import partition, write_partition
+from dmoe.data.partition import check_partition, partition, read_partition, write_partition
 from dmoe.errors import UserError
 
 SIZES = [(24, 6), (24, 7), (11, 4), (13, 3), (5, 5), (243, 10), (323, 10), (33, 3), (49, 7), (58, 29), (110, 11)]
@@ -65,9 +65,42 @@ def test_fewer_domains_than_experts_is_told_with_both_numbers(how: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_written_partition_names_the_domains_of_each_expert(tmp_path: Path) -> None:
+GROUPS = {3: 1, 1: 0, 2: 2, 5: 1}
+
+
+def test_written_partition_lists_the_domains_of_each_expert_with_their_names(tmp_path: Path) -> None:
     path = tmp_path / "partition.json"
-    write_partition(path, {3: 1, 1: 0, 2: 10, 5: 1}, {1: "Oslo", 2: "Rome", 3: "Bern"})
-    written = json.loads(path.read_text())
-    assert written == {"expert 0": ["1 (Oslo)"], "expert 1": ["3 (Bern)", "5"], "expert 10": ["2 (Rome)"]}
-    assert list(written) == ["expert 0", "expert 1", "expert 10"]
+    write_partition(path, GROUPS, {1: "Oslo", 2: "Rome", 3: "Bern"})
+    assert json.loads(path.read_text()) == {"experts": [[1], [3, 5], [2]], "names": {"1": "Oslo", "2": "Rome", "3": "Bern"}}
+
+
+def test_written_partition_is_read_back(tmp_path: Path) -> None:
+    write_partition(tmp_path / "partition.json", GROUPS, {})
+    assert read_partition(tmp_path / "partition.json") == GROUPS
+
+
+@pytest.mark.parametrize("content", ["{}", '{"experts": [1, 2]}', '{"experts": [["a"]]}', '{"experts": [[true]]}', "[]", "{"])
+def test_damaged_partition_is_told_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "partition.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_partition(path)
+    assert str(caught.value).startswith(f"{path}: damaged") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("domains", "count", "told"),
+    [
+        ([1, 2, 3, 5], 4, "it shares out domains to 3 experts, experts.count is 4"),
+        ([1, 2, 3, 4, 5], 3, "made for other data: it gives domain 4 to no expert"),
+        ([1, 2, 3], 3, "made for other data: it shares out domain 5"),
+    ],
+)
+def test_partition_that_does_not_fit_is_told(domains: list[int], count: int, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_partition(GROUPS, domains, count=count, where=Path("p.json"))
+    assert str(caught.value).startswith(f"p.json: {told}")
+
+
+def test_partition_that_fits_passes() -> None:
+    check_partition(GROUPS, [5, 3, 2, 1], count=3, where=Path("p.json"))

@@ -16,7 +16,7 @@ class Numbers(DomainSplit):
         self.domains = self.group_domains = torch.zeros(count, dtype=torch.int64)
         self.domain_names = {0: "all"}
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return torch.stack([index.double(), torch.full((len(index),), float(draw or 0), dtype=torch.float64)], dim=1)
 
 

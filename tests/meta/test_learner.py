@@ -102,7 +102,7 @@ class ThreeDomains(DomainSplit):
         self.domains = self.group_domains = torch.arange(3).repeat_interleave(4)
         self.domain_names = {}
 
-    def images(self, index: Tensor, *, draw: int | None = None) -> Tensor:
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self._images[index]
 
 
@@ -122,7 +122,9 @@ def test_meta_training_ends_the_same_whatever_the_own_experts_say(tmp_path: Path
         learner = learner_of(copy.deepcopy(network), copy.deepcopy(teacher))
         around: dict[str, Any] = {"checkpoint_every": 100, "seed": 1, "device": torch.device("cpu"), "evaluate": lambda: 0.0}
         stage = Stage(tmp_path / name, {})
-        meta_train(stage=stage, learner=learner, split=split, tokens=TokenStore(store), own_expert=own, config=config, **around)
+        meta_train(
+            stage=stage, learner=learner, split=split, tokens=TokenStore(store[:, None]), own_expert=own, config=config, **around
+        )
         return [p.detach() for p in (*learner.student_parameters, *learner.aggregator_parameters)]
 
     pairs = zip(trained("one", tokens.numpy()), trained("other", tampered.numpy()), strict=True)
@@ -214,7 +216,7 @@ def test_a_zero_target_asks_no_tokens() -> None:
 
 def test_a_regression_has_no_query_accuracy() -> None:
     network = Network(features=extractor(), head=nn.Linear(D, 1).double())
-    task = Task("regression", num_outputs=1, selection_metric="negative_mse")
+    task = Task("regression", num_outputs=1)
     learner = MetaLearner(student=network, aggregator=aggregator(), task=task, inner_lr=0.1)
     one = episode()
     values = learner.add_gradients([EpisodeBatch(one.support, one.tokens, one.query, torch.randn(Q))])

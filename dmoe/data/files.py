@@ -1,0 +1,138 @@
+"""Images that lie in files, read each time they are asked for."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmoe.data.base import DomainSplit
+from dmoe.data.streams import stream
+from dmoe.data.transforms import TURNS, Augmentation, ImageTransform, random_crop, random_views, turned
+from dmoe.errors import UserError
+
+SCANNED_AT_ONCE = 64
+
+_UNREADABLE = (
+    OSError,
+    SyntaxError,  # a broken PNG
+    ValueError,
+    EOFError,
+    KeyError,  # an archive without the array
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,  # an archive that is encrypted, or packed in another way
+    Image.DecompressionBombError,
+)
+
+
+class ImageFiles(DomainSplit):
+    """One file an image: pictures that Pillow reads, or ``.npz`` archives that hold bands ``[C, H, W]`` as ``x``."""
+
+    def __init__(
+        self,
+        *,
+        root: Path,
+        paths: Sequence[str],
+        labels: Tensor,
+        domains: Tensor,
+        domain_names: Mapping[int, str],
+        transform: ImageTransform,
+        group_domains: Tensor | None = None,
+        augmentation: Augmentation = "none",
+    ) -> None:
+        """
+        Args:
+            paths: below ``root``, one an image.
+            augmentation: of fresh draws. ``turns`` are stored views too, all eight.
+        """
+        self._root, self._transform, self._augmentation = root, transform, augmentation
+        # One array of bytes: worker processes share it, where a list of strings would be copied to each, bit by bit.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.labels, self.domains, self.domain_names = labels, domains, domain_names
+        self.group_domains = domains if group_domains is None else group_domains
+        self.views = TURNS if augmentation == "turns" else 1
+
+    def path(self, number: int) -> Path:
+        """The file of an image."""
+        below: bytes = self._paths[number]
+        return self._root / os.fsdecode(below)
+
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        if self._augmentation == "turns" and draw is not None:
+            view = random_views(len(index), TURNS, draw)
+        crop = draw if self._augmentation == "crops" else None
+        images = self._transform.batch([read_pixels(self.path(i), self._transform, draw=crop, slot=i) for i in index.tolist()])
+        return turned(images, view) if view is not None and self.views > 1 else images
+
+
+def read_pixels(path: Path, transform: ImageTransform, *, draw: int | None = None, slot: int = 0) -> np.ndarray:
+    """The pixels of a file, see :meth:`ImageTransform.pixels`; cropped at random by ``draw`` and ``slot``, where there is one.
+
+    Raises:
+        UserError: there is no such file, or it is not a whole picture of the right kind.
+    """
+    try:
+        if path.suffix == ".npz":
+            with open(path, "rb") as file:
+                archive = np.load(file, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise ValueError("is one array, not an archive of them")
+                return transform.pixels(archive["x"])
+        with Image.open(path) as picture:
+            if draw is None:
+                return transform.pixels(picture)
+            return transform.pixels(random_crop(picture, transform.image_shape[1:], draw, slot))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image; data.skip_unreadable=true leaves such images out") from None
+    except _UNREADABLE as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as an image: {why}; mend or delete it, or let data.skip_unreadable=true leave it out"
+        ) from None
+
+
+def missing(root: Path, paths: Sequence[str]) -> list[int]:
+    """Numbers of the paths below ``root`` that are not there; each folder is listed once."""
+    listed: dict[str, set[str]] = {}
+    absent = []
+    for number, path in enumerate(paths):
+        folder, _, name = path.rpartition("/")
+        if folder not in listed:
+            try:
+                listed[folder] = {entry.name for entry in (root / folder).iterdir()}
+            except (OSError, ValueError):  # no such folder, or no name that one could have
+                listed[folder] = set()
+        if name not in listed[folder]:
+            absent.append(number)
+    return absent
+
+
+def unreadable(root: Path, paths: Sequence[str], transform: ImageTransform, *, workers: int) -> list[str]:
+    """Those of the paths below ``root`` that :func:`read_pixels` cannot read; reads every one of them."""
+    parts = [paths[begin : begin + SCANNED_AT_ONCE] for begin in range(0, len(paths), SCANNED_AT_ONCE)]
+    found = stream(partial(_unreadable_of, root, parts, transform), start=0, stop=len(parts), workers=workers)
+    return [path for bad in found for path in bad]
+
+
+def _unreadable_of(root: Path, parts: Sequence[Sequence[str]], transform: ImageTransform, number: int) -> list[str]:
+    bad = []
+    for path in parts[number]:
+        try:
+            read_pixels(root / PurePosixPath(path), transform)
+        except UserError:
+            bad.append(path)
+    return bad
+
+
+def kept(count: int, left_out: Sequence[int]) -> Tensor:
+    """The numbers below ``count`` that are not left out, ascending."""
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[torch.tensor(list(left_out), dtype=torch.int64)] = False
+    return torch.where(keep)[0]

@@ -1,0 +1,190 @@
+"""The end of a run: every method on the domains that nobody has seen, as a table, as rows of results, as files of predictions."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmoe.adaptation import Adapter
+from dmoe.artifacts import digest_of_file, read_json, written_whole
+from dmoe.baselines.batch_statistics import BatchStatistics
+from dmoe.baselines.unadapted import Unadapted
+from dmoe.console import say
+from dmoe.data.base import DomainDataset
+from dmoe.errors import UserError
+from dmoe.evaluation import Evaluation, Method
+from dmoe.model import build_adapter, build_aggregator, load_as
+from dmoe.models.networks import Network
+from dmoe.models.student import Student
+from dmoe.published import PublishedFolder
+from dmoe.run_folder import versions
+from dmoe.stages import Run, load_finished
+
+DOMAINS_SHOWN = 30
+"""A longer table of domains is not printed; results.jsonl has them all."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is tested.
+
+    Attributes:
+        plain: the student as supervised training left it, to compare with; None where there is none.
+        weights: digests of the files, by their names.
+    """
+
+    adapter: Adapter
+    plain: Student | None
+    weights: Mapping[str, str]
+
+
+def test(run: Run, split: str = "target", *, published: PublishedFolder | None = None) -> None:
+    """Evaluate the finished run, or published checkpoints in its place, on a split's domains.
+
+    Writes a table to the console, rows to ``results.jsonl`` and a file of predictions a method.
+
+    Raises:
+        UserError: there is no such split, or something of the run is missing.
+    """
+    if split not in run.dataset.splits:
+        raise UserError(f"--split: {run.dataset.name} has no {split} split; it has {', '.join(run.dataset.splits)}")
+    began = time.perf_counter()
+    trained = _finished_run(run) if published is None else _published(run, published)
+    methods: dict[str, Method] = {}
+    if trained.plain is not None:
+        methods |= {"ERM student": Unadapted(trained.plain), "batch statistics": BatchStatistics(trained.plain)}
+    methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
+    evaluations = {name: run.evaluate(method, split, name=name) for name, method in methods.items()}
+    for name, evaluation in evaluations.items():
+        run.folder.append_result(result_row(run, name, split, evaluation, weights=trained.weights))
+        if not run.dataset.unreadable:
+            path = run.folder.path / "predictions" / name.replace(" ", "_") / predictions_name(run, split)
+            write_predictions(path, evaluation)
+
+    settings, dataset = run.config.evaluation, run.dataset
+    scored = "included in" if settings.score_support else "left out of"
+    say(f"\n{split} domains, adapted to {run.config.support_size} unlabeled images of each, {scored} the score")
+    if dataset.unreadable:
+        say(f"{len(dataset.unreadable)} images could not be read and are left out; no files of predictions are written")
+    say("\n" + overall_table(evaluations, dataset))
+    if len(evaluations["adapted"].domains) <= DOMAINS_SHOWN:
+        say("\n" + domain_table(evaluations, dataset.splits[split].domain_names))
+    say(f"\ntested in {time.perf_counter() - began:.0f} s; run folder: {run.folder.path}")
+
+
+def result_row(
+    run: Run, method: str, split: str, evaluation: Evaluation, *, weights: Mapping[str, str], **more: Any
+) -> dict[str, Any]:
+    """A line of ``results.jsonl``."""
+    names = run.dataset.splits[split].domain_names
+    return {
+        "method": method,
+        "dataset": run.dataset.name,
+        "split": split,
+        "seed": run.config.seed,
+        "replicate": run.dataset.replicate or f"seed:{run.config.seed}",
+        "metric": run.dataset.selection_metric,
+        "reported": dict(run.dataset.reported),
+        "overall": _plain(evaluation.overall),
+        "mean": _plain({"": evaluation.mean})[""],
+        "worst": _plain({"": evaluation.worst})[""],
+        "domains": {names[domain]: _plain(metrics) for domain, metrics in evaluation.domains.items()},
+        "support_size": run.config.support_size,
+        "score_support": run.config.evaluation.score_support,
+        **more,
+        "weights": dict(weights),
+        "config": run.config.model_dump(mode="json"),
+        "data": run.dataset.fingerprint,
+        "versions": versions(),
+    }
+
+
+def predictions_name(run: Run, split: str) -> str:
+    """The name that the WILDS leaderboard wants a file of predictions to have."""
+    dataset = run.dataset
+    replicate = dataset.replicate or f"seed:{run.config.seed}"
+    official = dataset.official_splits.get(split, split)
+    return f"{dataset.official_name or dataset.name}_split:{official}_{replicate}_epoch:best_pred.csv"
+
+
+def write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """A prediction a line, in data-set order: class numbers, or values."""
+    with written_whole(path) as beside:
+        beside.write_text("".join(f"{value!r}\n" for value in evaluation.predictions.tolist()), encoding="utf-8")
+
+
+def overall_table(evaluations: Mapping[str, Evaluation], dataset: DomainDataset) -> str:
+    """A row a method: the data set's metrics over all images, then the headline metric by domain."""
+    percent = dataset.task.kind != "regression"
+    rows = [["", *dataset.reported.values(), f"mean {dataset.task.headline} of domains", "worst domain"]]
+    for name, evaluation in evaluations.items():
+        values = [*(evaluation.overall[key] for key in dataset.reported), evaluation.mean, evaluation.worst]
+        rows.append([name, *(_number(value, percent=percent) for value in values)])
+    return _text(rows, rules=[1])
+
+
+def domain_table(evaluations: Mapping[str, Evaluation], names: Mapping[int, str]) -> str:
+    """A row a domain, a column a method: the headline metric."""
+    first = next(iter(evaluations.values()))
+    rows = [["domain", *evaluations]]
+    for domain in first.domains:
+        values = [e.domains[domain][e.headline] for e in evaluations.values()]
+        rows.append([names.get(domain, str(domain)), *(_number(value, percent=first.headline == "accuracy") for value in values)])
+    return _text(rows, rules=[1])
+
+
+def _finished_run(run: Run) -> Trained:
+    adapter = load_as(run.folder, run.config, device=run.device)
+    plain = run.network(run.config.student_backbone, "student", to_train=False)
+    if not load_finished(run.student_stage, {"model": plain}):
+        raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
+    weights: dict[str, str] = read_json(run.folder.path / "meta" / "manifest.json")["files"]
+    return Trained(adapter, _student(plain, run), weights)
+
+
+def _published(run: Run, published: PublishedFolder) -> Trained:
+    config, task = run.config, run.dataset.task
+    experts = [run.network(config.token_backbone, "published", to_train=False) for _ in range(config.experts.count)]
+    for number, expert in enumerate(experts):
+        published.load_expert(number, expert)
+    student = run.network(config.student_backbone, "published", to_train=False)
+    published.load_student("meta", student)
+    aggregator = build_aggregator(config.aggregator, width=student.width, num_outputs=task.num_outputs).to(run.device)
+    published.load_aggregator("meta", aggregator)
+    adapter = build_adapter(config, task, experts=experts, aggregator=aggregator, student=student, kind=Adapter)
+    plain = None
+    if published.student_path("pretrained").is_file():
+        pretrained = run.network(config.student_backbone, "published", to_train=False)
+        published.load_student("pretrained", pretrained)
+        plain = _student(pretrained, run)
+    paths = [*map(published.expert_path, range(len(experts))), published.student_path("meta"), published.aggregator_path("meta")]
+    return Trained(adapter, plain, {path.name: digest_of_file(path) for path in paths})
+
+
+def _student(network: Network, run: Run) -> Student:
+    return Student(features=network.features, head=network.head, task=run.dataset.task)
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no number that is not one."""
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+def _number(value: float, *, percent: bool) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{100 * value:.1f}" if percent else f"{value:.3f}"
+
+
+def _text(rows: Sequence[Sequence[str]], *, rules: Sequence[int]) -> str:
+    """Columns under one another, the first to the left, with rules before the rows of these numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        if number in rules:
+            lines.append("  ".join("-" * width for width in widths))
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
