@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dmoe.errors import UserError
-from dmoe.machine import choose_device, cores
+from dmoe.machine import choose_device, cores, keep_freed_memory
 
 if TYPE_CHECKING:
     from dmoe.config import Config
@@ -22,7 +22,11 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-_LOAD_FLAGS = {"experts": "load_trained_experts", "student": "load_pretrained_student"}
+_LOAD_FLAGS = {
+    "experts": "load_trained_experts",
+    "aggregator": "load_pretrained_aggregator",
+    "student": "load_pretrained_student",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,6 +99,7 @@ def open_run(
 
     threads = options.threads or (config.experts.threads if expert is not None and device == "cpu" else cores())
     torch.set_num_threads(threads)
+    keep_freed_memory()
     published = None
     if checkpoint_dir is not None:
         published = PublishedFolder(checkpoint_dir, dataset=config.dataset, experts=config.experts.count, seed=config.seed)
@@ -116,8 +121,8 @@ def open_run(
         workers=workers,
         published=published,
     )
-    given = {name for name in ("experts", "student") if tests or getattr(options, _LOAD_FLAGS[name], False)}
-    check(run, expert=expert, to_train={"experts", "student"} - given)
+    given = {name for name, flag in _LOAD_FLAGS.items() if tests or getattr(options, flag, False)}
+    check(run, expert=expert, given=given, tests=tests)
     if claim:
         folder.claim(config, fresh=fresh)
         if not where.exists():

@@ -1,5 +1,6 @@
 """What this machine has to compute with."""
 
+import ctypes
 import os
 
 from dmoe.errors import UserError
@@ -10,6 +11,21 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Have this process and its children keep memory that is freed, instead of giving it back and asking for it again.
+
+    Large tensors come and go at every step; with glibc's defaults most of their cost is the system handing out fresh pages.
+    Elsewhere than with glibc nothing happens.
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def choose_device(gpu: int | None) -> str:

@@ -1,5 +1,6 @@
 """What a run is about to do, on one screen: the data, the networks, the disk it needs, and about how long each stage takes."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -206,7 +207,7 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
             if finished("meta")
             else meta_steps * per_update * episode * max(costs.read, costs.meta) + meta_checks * tested(validation),
         ),
-        Entry("test", f"{len(target):,} images of {len(target.members)} domains", 4 * len(target) * look + tested(target)),
+        Entry("test", f"{len(target):,} images of {len(target.members)} domains", 3 * len(target) * look + tested(target)),
     ]
 
 
@@ -215,9 +216,9 @@ def _training(training: TrainingConfig, images: int) -> tuple[int, int]:
 
 
 def _steps(duration: Duration, evaluate_every: Duration, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps, and evaluations between them."""
-    steps = duration.steps(steps_per_epoch)
-    return steps, max(1, steps // max(1, evaluate_every.steps(steps_per_epoch)))
+    """Steps, and evaluations: at regular steps, where they are asked for, and after the last one."""
+    steps, every = duration.steps(steps_per_epoch), evaluate_every.steps(steps_per_epoch)
+    return steps, math.ceil(steps / every) if every else min(steps, 1)
 
 
 def _seconds_each(work: Callable[[int], object], *, at_most: int, wait: Callable[[], object] | None = None) -> float:

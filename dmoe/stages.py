@@ -31,7 +31,7 @@ from dmoe.model import build_adapter, build_aggregator, describe
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import Network, build_network
-from dmoe.published import PublishedFolder
+from dmoe.published import PublishedFolder, TrainingStage
 from dmoe.randomness import Key, generator, seed_of
 from dmoe.run_folder import RunFolder, Stage
 from dmoe.supervised import train_supervised
@@ -123,7 +123,7 @@ class Run:
         return train_supervised(
             stage=stage,
             module=network,
-            logits=network,
+            logits=lambda pixels: network(self.source.finish(pixels)),
             batch=batch,
             steps_per_epoch=steps_per_epoch,
             task=self.dataset.task,
@@ -140,8 +140,8 @@ class Run:
         """The selection metric of a network, as it is, on all validation images."""
         batches = torch.arange(len(self.validation)).split(self.config.evaluation.batch_size)
         with torch.no_grad():
-            images = stored_images(self.validation, batches, workers=self.workers)
-            return self.validation_metric([network(batch.to(self.device)).cpu() for batch in images])
+            images = stored_images(self.validation, batches, workers=self.workers, device=self.device)
+            return self.validation_metric([network(batch).cpu() for batch in images])
 
     def validation_metric(self, logits: Sequence[Tensor]) -> float:
         """The selection metric of logits of all validation images, batch by batch."""
@@ -150,29 +150,58 @@ class Run:
         return self.dataset.metrics("validation", index, predictions)[self.dataset.selection_metric]
 
 
-def check(run: Run, *, expert: int | None = None, to_train: Collection[str] = ("experts", "student")) -> None:
+def check(run: Run, *, expert: int | None = None, given: Collection[str] = (), tests: bool = False) -> None:
     """Find now what would otherwise be found after hours.
 
     Args:
         expert: the one that is to be trained.
-        to_train: which networks start from the configured weights, unless they are finished already.
+        given: which of ``experts``, ``aggregator`` and ``student`` are not to be trained, but loaded; published ones are read.
+        tests: whether those are loaded to be tested, as meta-training left them.
 
     Raises:
         UserError: episodes do not fit the source domains, the networks do not fit each other, weights cannot be fetched or
-            read, or there is no such expert.
+            read, published ones do not fit, or there is no such expert.
     """
     config = run.config
     if expert is not None and not 0 <= expert < config.experts.count:
         raise UserError(f"--expert_idx: must be 0 to {config.experts.count - 1}, got {expert}")
     EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
     # Pretrained weights are fetched here once, not by every expert's process.
-    fresh_expert = "experts" in to_train and not run.expert_stage(0).manifest.exists()
-    width = run.network(config.experts.backbone, "check", to_train=fresh_expert).width
-    fresh_student = "student" in to_train and not run.student_stage.manifest.exists()
-    student_width = run.network(config.student_backbone, "check", to_train=fresh_student).width
-    if width != student_width:
-        raise UserError(f"student.backbone: its features are {student_width} wide, the experts' are {width}: they must be equal")
-    build_aggregator(config.aggregator, width=width, num_outputs=run.dataset.task.num_outputs)
+    fresh_expert = "experts" not in given and not run.expert_stage(expert or 0).manifest.exists()
+    fresh_student = "student" not in given and not run.student_stage.manifest.exists()
+    ours, theirs = config.student_backbone, config.experts.backbone
+    alike = ours.model_copy(update={"last_relu": theirs.last_relu}) == theirs
+    network = run.network(theirs, "check", to_train=fresh_expert or (alike and fresh_student))
+    student = network if alike else run.network(ours, "check", to_train=fresh_student)
+    if network.width != student.width:
+        sizes = f"its features are {student.width} wide, the experts' are {network.width}"
+        raise UserError(f"student.backbone: {sizes}: they must be equal")
+    with torch.device(run.device if run.published is not None else "meta"):  # whether it can be built is quickly told
+        aggregator = build_aggregator(config.aggregator, width=student.width, num_outputs=run.dataset.task.num_outputs)
+    if run.published is not None:
+        _check_published(run, run.published, given, tests=tests, expert=network, aggregator=aggregator, student=student)
+
+
+def _check_published(
+    run: Run,
+    published: PublishedFolder,
+    given: Collection[str],
+    *,
+    tests: bool,
+    expert: Network,
+    aggregator: Aggregator,
+    student: Network,
+) -> None:
+    """Read every file that is going to be used into networks that serve for nothing else."""
+    stage: TrainingStage = "meta" if tests else "pretrained"
+    if "experts" in given:
+        for number in range(run.config.experts.count):
+            if tests or not run.expert_stage(number).manifest.exists():
+                published.load_expert(number, expert)
+    if "aggregator" in given and (tests or not (run.folder.path / "aggregator" / "manifest.json").exists()):
+        published.load_aggregator(stage, aggregator)
+    if "student" in given and (tests or not run.student_stage.manifest.exists()):
+        published.load_student(stage, student)
 
 
 def load_experts(run: Run) -> list[Network]:
@@ -364,6 +393,7 @@ def _fit_output_map(run: Run, tokens: TokenStore, aggregator: Aggregator, studen
         for index in chosen.split(run.config.tokens.batch_size):
             masked = without_own_expert(tokens[index], run.own_expert[index], mask=run.config.meta.mask)
             pooled.append(aggregator.pooled(masked.to(run.device)))
-        for images in stored_images(run.source, chosen.split(run.config.tokens.batch_size), workers=run.workers):
-            features.append(student.features(images.to(run.device)))
+        batches = chosen.split(run.config.tokens.batch_size)
+        for images in stored_images(run.source, batches, workers=run.workers, device=run.device):
+            features.append(student.features(images))
     aggregator.fit_output_map(torch.cat(pooled), torch.cat(features))

@@ -101,10 +101,11 @@ def _build(
         array = _open(path, shape, mode="r+") if first else _create(path, shape)
         flat = array.reshape(count * views, *shape[2:])
         batches = torch.arange(first, count * views).split(batch_size)
-        images = stored_images(split, [b // views for b in batches], views=[b % views for b in batches], workers=workers)
+        numbers, seen = [b // views for b in batches], [b % views for b in batches]
+        images = stored_images(split, numbers, views=seen, workers=workers, device=device)
         with progress_bar(stage.name, total=count * views, start=first, unit="image") as bar:
             for done, (index, batch) in enumerate(zip(batches, images, strict=True), start=1):
-                flat[index[0] : index[-1] + 1] = pool(batch.to(device, non_blocking=True)).cpu().numpy()
+                flat[index[0] : index[-1] + 1] = pool(batch).cpu().numpy()
                 bar.update(len(index))
                 if done % BATCHES_BETWEEN_NOTES == 0:
                     array.flush()

@@ -48,6 +48,14 @@ class DomainSplit(ABC):
             UserError: an image cannot be read.
         """
 
+    def pixels(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        """The same images as small as they can be, for one process to send to another; :meth:`finish` makes them ready."""
+        return self.images(index, view=view, draw=draw)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """Images as :meth:`images` gives them, from what :meth:`pixels` gave, on whatever device that is now."""
+        return pixels
+
     @cached_property
     def members(self) -> dict[int, Tensor]:
         """Image numbers of each domain, ascending: data-set order."""
@@ -68,6 +76,12 @@ class FirstImages(DomainSplit):
 
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self._split.images(self._kept[index], view=view, draw=draw)
+
+    def pixels(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        return self._split.pixels(self._kept[index], view=view, draw=draw)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        return self._split.finish(pixels)
 
 
 OfficialMetrics = Callable[[str, Tensor, Tensor], Mapping[str, float]]

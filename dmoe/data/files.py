@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from dmoe.data.base import DomainSplit
 from dmoe.data.streams import stream
@@ -65,11 +66,25 @@ class ImageFiles(DomainSplit):
         return self._root / os.fsdecode(below)
 
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        return self.finish(self.pixels(index, view=view, draw=draw))
+
+    def pixels(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        """``[B, H, W, C]``, uint8; of bands, float32."""
         if self._augmentation == "turns" and draw is not None:
             view = random_views(len(index), TURNS, draw)
         crop = draw if self._augmentation == "crops" else None
-        images = self._transform.batch([read_pixels(self.path(i), self._transform, draw=crop, slot=i) for i in index.tolist()])
-        return turned(images, view) if view is not None and self.views > 1 else images
+        channels, height, width = self._transform.image_shape
+        batch = torch.empty(
+            len(index), height, width, channels, dtype=torch.float32 if self._transform.takes_bands else torch.uint8
+        )
+        if get_worker_info() is not None:
+            batch.share_memory_()  # filled where the other process will read it
+        for place, number in zip(batch.numpy(), index.tolist(), strict=True):
+            place[:] = read_pixels(self.path(number), self._transform, draw=crop, slot=number)
+        return turned(batch, view) if view is not None and self.views > 1 else batch
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        return self._transform.finish(pixels)
 
 
 def read_pixels(path: Path, transform: ImageTransform, *, draw: int | None = None, slot: int = 0) -> np.ndarray:

@@ -62,14 +62,20 @@ def stream(make: Callable[[int], Batch], *, start: int, stop: int, workers: int 
 
 
 def stored_images(
-    split: DomainSplit, batches: Sequence[Tensor], *, views: Sequence[Tensor] | None = None, workers: int = 0
+    split: DomainSplit,
+    batches: Sequence[Tensor],
+    *,
+    views: Sequence[Tensor] | None = None,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """Stored views of the images of each batch of numbers, ``[B, C, H, W]``, in order; view 0, or those that ``views`` names."""
 
     def make(number: int) -> Tensor:
-        return split.images(batches[number], view=views[number] if views is not None else None)
+        return split.pixels(batches[number], view=views[number] if views is not None else None)
 
-    return stream(make, start=0, stop=len(batches), workers=workers)
+    for pixels in stream(make, start=0, stop=len(batches), workers=workers):
+        yield split.finish(pixels.to(device, non_blocking=True))
 
 
 def supervised_batches(
@@ -78,12 +84,12 @@ def supervised_batches(
     """Freshly augmented images and labels of the given members of a split.
 
     Returns:
-        The batch of a step (images ``[B, C, H, W]``, labels ``[B]``), and the number of steps in an epoch.
+        The batch of a step (pixels, for the split's ``finish``, and labels ``[B]``), and the number of steps in an epoch.
     """
     order = EpochOrder(len(members), batch_size, *key)
 
     def make(step: int) -> tuple[Tensor, Tensor]:
         index = members[order[step]]
-        return split.images(index, draw=seed_of(*key, "draw", step)), split.labels[index]
+        return split.pixels(index, draw=seed_of(*key, "draw", step)), split.labels[index]
 
     return make, order.steps_per_epoch

@@ -1,6 +1,6 @@
 """From a picture to the tensor a network takes."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class ImageTransform:
 
     def __call__(self, picture: Image.Image | np.ndarray) -> Tensor:
         """One picture, or bands ``[C, H, W]``, as float32 ``[C, H, W]``."""
-        return self.batch([self.pixels(picture)])[0]
+        return self.finish(torch.from_numpy(self.pixels(picture).copy())[None])[0]
 
     @property
     def takes_bands(self) -> bool:
@@ -65,25 +65,37 @@ class ImageTransform:
             return bands.transpose(1, 2, 0)
         if isinstance(picture, np.ndarray):
             raise ValueError("is an array; a picture was expected")
-        picture = _eight_bits(picture).convert("L" if channels == 1 else "RGB")
+        picture = _eight_bits(picture)
+        mode = "L" if channels == 1 else "RGB"
+        if picture.mode != mode:
+            picture = picture.convert(mode)
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(picture).reshape(height, width, channels)
 
-    def batch(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        """Pictures made by :meth:`pixels` as a batch, float32 ``[B, C, H, W]``, channels last in memory."""
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
+    def finish(self, pixels: Tensor) -> Tensor:
+        """Pictures made by :meth:`pixels`, ``[B, H, W, C]``, as float32 ``[B, C, H, W]``."""
         if self.takes_bands:
-            return images
-        images /= 255
+            return pixels.permute(0, 3, 1, 2)
+        # Picture by picture on a CPU: what is worked on stays in its cache.
+        parts = pixels.split(1) if pixels.device.type == "cpu" else [pixels]
+        count, height, width, channels = pixels.shape
         if self.per_image:
-            std, mean = torch.std_mean(images, dim=(2, 3), keepdim=True)
-            std[std == 0] = 1
-            return (images - mean) / std
-        if self.mean != (0.0,) or self.std != (1.0,):
-            images -= torch.tensor(self.mean).view(-1, 1, 1)
-            images /= torch.tensor(self.std).view(-1, 1, 1)
-        return images
+            images = torch.empty(count, channels, height * width, device=pixels.device)
+            for rows, part in zip(images.split(len(parts[0])), parts, strict=True):
+                rows.copy_(part.flatten(1, 2).transpose(1, 2).contiguous()).div_(255)
+                rows.sub_(rows.mean(dim=2, keepdim=True))
+                std = torch.linalg.vector_norm(rows, dim=2, keepdim=True) / math.sqrt(max(1, height * width - 1))
+                rows.div_(std.where(std > 0, 1.0))
+            return images.view(count, channels, height, width)
+        # Rows as vectors of width x channels: a vector of three is slow to work with. Channels stay last in memory.
+        images = torch.empty(count, height, width * channels, device=pixels.device)
+        mean, std = (torch.tensor(values, device=pixels.device).expand(channels).repeat(width) for values in (self.mean, self.std))
+        for rows, part in zip(images.split(len(parts[0])), parts, strict=True):
+            rows.copy_(part.flatten(2)).div_(255)
+            if self.mean != (0.0,) or self.std != (1.0,):
+                rows.sub_(mean).div_(std)
+        return images.view(count, height, width, channels).permute(0, 3, 1, 2)
 
     def to_facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,14 +107,14 @@ class ImageTransform:
 
 
 def turned(images: Tensor, view: Tensor) -> Tensor:
-    """Square images ``[B, C, H, H]``, each turned into its own one of eight views ``[B]``: 0 is upright, 4 and up are mirrored."""
+    """Square images ``[B, H, H, C]``, each turned into its own one of eight views ``[B]``: 0 is upright, 4 and up are mirrored."""
     if not bool(view.any()):
         return images
     out = images.clone()
     for number in view.unique().tolist():
         chosen = view == number
-        turned_images = torch.rot90(images[chosen], number % 4, dims=(2, 3))
-        out[chosen] = turned_images.flip(3) if number >= 4 else turned_images
+        turned_images = torch.rot90(images[chosen], number % 4, dims=(1, 2))
+        out[chosen] = turned_images.flip(2) if number >= 4 else turned_images
     return out
 
 

@@ -7,6 +7,8 @@ What differs between them is one row of ``KINDS``. Source of the choices: Zhong 
 import contextlib
 import hashlib
 import io
+import math
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,7 +183,8 @@ def load(
     rows = {ours: usable[split_of[usable] == number_of[name]] for ours, name in SPLITS.items() if name in number_of}
     for ours in NEEDED_SPLITS:
         if not len(rows[ours]):
-            raise UserError(f"{folder / kind.metadata}: the {SPLITS[ours]} split holds no images, and so no domains")
+            where, way = folder / kind.metadata, "bring back that of the release"
+            raise UserError(f"{where}: the {SPLITS[ours]} split holds no images, and so no domains: {way}")
     domains, names = _domains(stock, kind.domain_fields)
     group_domains, _ = _domains(stock, [kind.group_field])
     labels = stock.y_array.flatten()
@@ -207,7 +210,7 @@ def load(
         transform=transform,
         class_names=kind.class_names(stock),
         fingerprint=_fingerprint(folder, kind, stock.version, fold if name == "poverty" else "", transform, bad),
-        official_metrics=_official_metrics(stock, rows),
+        official_metrics=_official_metrics(stock, rows, kind),
         selection_metric=next(iter(kind.reported)),
         reported=kind.reported,
         official_name=kind.stock_name,
@@ -221,18 +224,20 @@ def load(
 def _open_stock(name: str, kind: Kind, root: Path, choices: Mapping[str, Any]) -> Any:
     try:
         package = wilds()
+        versions = _stock_class(kind.stock_name)._versions_dict
     except ImportError as error:
         raise UserError(f"{name}: the package wilds cannot be imported ({error}): pip install wilds") from None
-    versions = _stock_class(kind.stock_name)._versions_dict
     version = max(versions, key=lambda text: [int(part) for part in text.split(".")])
     folder = root / f"{kind.stock_name}_v{version}"
-    way = f"the stock layout is {folder}/{{RELEASE_v{version}.txt, {kind.layout}}}"
+    release = folder / f"RELEASE_v{version}.txt"
+    way = f"the stock layout is {folder}/{{{release.name}, {kind.layout}}}"
     said = io.StringIO()
-    if not (folder / f"RELEASE_v{version}.txt").is_file():
-        others = sorted(path.name for path in root.glob(f"{kind.stock_name}_v*")) if root.is_dir() else []
+    downloads = not release.is_file()
+    if downloads:
+        others = sorted(path.name for path in root.glob(f"{kind.stock_name}_v*") if path.name != folder.name)
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: not a whole copy of {kind.stock_name} {version}, RELEASE_v{version}.txt is missing: {way}")
-        if others and others != [folder.name]:
+            raise UserError(f"{folder}: not a whole copy of {kind.stock_name} {version}, {release.name} is missing: {way}")
+        if others:
             raise UserError(f"{root}: holds {', '.join(others)}, but version {version} is needed: {way}")
         url, gigabytes = versions[version]["download_url"], versions[version]["compressed_size"] / 1e9
         say(f"{name}: not found in {root}; downloading {gigabytes:.0f} GB from {url} into {folder} (another place: --data_dir)")
@@ -241,13 +246,14 @@ def _open_stock(name: str, kind: Kind, root: Path, choices: Mapping[str, Any]) -
             warnings.simplefilter("ignore")
             return package.get_dataset(dataset=kind.stock_name, root_dir=str(root), download=True, **choices)
     except Exception as error:  # the stock package checks little: whatever is wrong with the files comes as any error
-        if not (folder / kind.metadata).is_file():
-            why = said.getvalue().rpartition("Exception:")[2].strip() or str(error)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        if not release.is_file():
+            why = said.getvalue().partition("Exception:")[2].strip() or str(error)
             raise UserError(f"{name}: could not be downloaded ({' '.join(why.split())[:200]}); copy it by hand: {way}") from None
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the stock wilds package cannot read it: {type(error).__name__}: {why}; {way}") from None
+    finally:
+        if downloads and not release.is_file():  # part of an archive would be taken for all of it
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stock_class(stock_name: str) -> Any:
@@ -267,7 +273,8 @@ def _unreadable(
     absent = missing(folder, paths)
     if absent and not skip:
         more = f", and {len(absent) - 1} others" if len(absent) > 1 else ""
-        raise UserError(f"{folder / paths[absent[0]]}: the metadata has a row for it, but there is no such image{more}")
+        way = "bring them back, or let data.skip_unreadable=true leave them out"
+        raise UserError(f"{folder / paths[absent[0]]}: the metadata has a row for it, but there is no such image{more}: {way}")
     return unreadable(folder, paths, transform, workers=workers) if skip else []
 
 
@@ -291,13 +298,18 @@ def _domains(stock: Any, fields: Sequence[str]) -> tuple[Tensor, dict[int, str]]
     return number, names
 
 
-def _official_metrics(stock: Any, rows: Mapping[str, Tensor]) -> Callable[[str, Tensor, Tensor], dict[str, float]]:
+def _official_metrics(stock: Any, rows: Mapping[str, Tensor], kind: Kind) -> Callable[[str, Tensor, Tensor], dict[str, float]]:
     def metrics(split: str, index: Tensor, predictions: Tensor) -> dict[str, float]:
         chosen = rows[split][index]
         labels = stock.y_array[chosen]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # r of equal values is not a number
-            found, _ = stock.eval(predictions.view_as(labels), labels, stock.metadata_array[chosen])
+            try:
+                found, _ = stock.eval(predictions.view_as(labels), labels, stock.metadata_array[chosen])
+            except (RuntimeError, IndexError):  # r of one image, or the least r where no group has any
+                if kind.task != "regression":
+                    raise
+                return dict.fromkeys(kind.reported, math.nan)
         return {key: float(value) for key, value in found.items()}
 
     return metrics

@@ -1,6 +1,7 @@
 """Stage 5: bi-level training of student and aggregator in episodes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ def meta_train(
         view = random_views(len(episode.support), tokens.views, episode.draw, "support")
         stored = tokens.of_views(episode.support, view)
         masked = without_own_expert(stored, own_expert[episode.support], mask=config.mask)
-        query = split.images(episode.query, draw=episode.draw)
-        return EpisodeBatch(split.images(episode.support, view=view), masked, query, split.labels[episode.query])
+        query = split.pixels(episode.query, draw=episode.draw)
+        return EpisodeBatch(split.pixels(episode.support, view=view), masked, query, split.labels[episode.query])
 
     def update(number: int) -> list[EpisodeBatch]:
         return [tensors(sampler(number, slot)) for slot in range(per_update)]
@@ -78,7 +79,8 @@ def meta_train(
         if config.restart_optimizers and number % steps_per_epoch == 0:
             for optimizer in optimizers.values():
                 optimizer.restart()
-        episodes = [episode.to(device) for episode in next(batches)]
+        here = [episode.to(device) for episode in next(batches)]
+        episodes = [replace(e, support=split.finish(e.support), query=split.finish(e.query)) for e in here]
         return learner.update(number, episodes, student_adam, aggregator_adam)
 
     return run(
