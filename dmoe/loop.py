@@ -79,7 +79,7 @@ class Progress:
 
     def summary(self) -> str:
         """For the user, in a few words."""
-        best = f", best on validation {100 * self.best_score:.1f} after step {self.best_step}" if self.best_step >= 0 else ""
+        best = f", best on validation {self.best_score:.3f} after step {self.best_step}" if self.best_step >= 0 else ""
         return f"{self.step} steps in {self.seconds:.0f} s{best}"
 
 

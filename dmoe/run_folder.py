@@ -195,7 +195,7 @@ def _locked(config: dict[str, Any]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in ("dmoe", "torch", "torchvision", "timm", "numpy", "mlxtend"):
+    for package in ("dmoe", "torch", "torchvision", "timm", "numpy", "pillow", "wilds", "mlxtend"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -202,6 +202,8 @@ def _check_published(
         published.load_aggregator(stage, aggregator)
     if "student" in given and (tests or not run.student_stage.manifest.exists()):
         published.load_student(stage, student)
+    if tests and published.student_path("pretrained").is_file():
+        published.load_student("pretrained", student)
 
 
 def load_experts(run: Run) -> list[Network]:

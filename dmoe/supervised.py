@@ -51,7 +51,8 @@ def train_supervised(
     def step(number: int) -> dict[str, float]:
         inputs, labels = next(batches)
         torch.manual_seed(seed_of(seed, "dropout", number))
-        loss = task.loss(logits(inputs.to(device)), labels.to(device))
+        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        loss = task.loss(logits(inputs), labels)
         loss.backward()
         norm = adam.step(number)
         return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": adam.learning_rate(number)}

@@ -87,6 +87,7 @@ def result_row(
         "replicate": run.dataset.replicate or f"seed:{run.config.seed}",
         "metric": run.dataset.selection_metric,
         "reported": dict(run.dataset.reported),
+        "unit": "value" if run.dataset.task.kind == "regression" else "fraction",
         "overall": _plain(evaluation.overall),
         "mean": _plain({"": evaluation.mean})[""],
         "worst": _plain({"": evaluation.worst})[""],

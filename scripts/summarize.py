@@ -70,7 +70,7 @@ def table(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
         cells = []
         for key in names:
             values = [run[method][key] if key in ("mean", "worst") else run[method]["overall"][key] for run in runs]
-            cells.append(spread(values, percent=key not in ("r_wg", "r_all", "r") and "r" not in first["reported"].values()))
+            cells.append(spread(values, percent=first["unit"] == "fraction"))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Mean ± standard deviation over {len(runs)} runs ({', '.join(replicates)})."])
 

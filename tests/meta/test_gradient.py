@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmoe.meta.gradient import GradientMethod, MetaGradient, adapted_parameters, inner_step, meta_gradient
+from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, adapted_parameters, inner_step, meta_gradient
 from dmoe.meta.learner import EpisodeBatch, MetaLearner
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network, build_network
@@ -49,7 +49,8 @@ def small_network() -> Network:
 class Problem:
     """One episode, and its outer loss written down a second time with nothing but autograd."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner_loss: InnerLoss = "mean_square") -> None:
+        self.inner_loss = inner_loss
         torch.manual_seed(1)
         self.network = small_network()
         self.theta = {name: p.detach() for name, p in self.network.features.named_parameters()}
@@ -80,6 +81,7 @@ class Problem:
             labels=self.labels,
             inner_lr=INNER_LR,
             inner_steps=inner_steps,
+            inner_loss=self.inner_loss,
             method=method,
         )
 
@@ -88,7 +90,8 @@ class Problem:
         for _ in range(inner_steps):
             leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
             difference = self.features(leaves, self.support) - target
-            gradients = torch.autograd.grad((difference**2).sum() / (S * D), list(leaves.values()))
+            loss = (difference**2).sum() / (S * D) if self.inner_loss == "mean_square" else (difference**2).sum(1).sqrt().sum() / S
+            gradients = torch.autograd.grad(loss, list(leaves.values()))
             theta = {name: value - INNER_LR * g for (name, value), g in zip(theta.items(), gradients, strict=True)}
         with torch.no_grad():
             return F.cross_entropy(self.head(w, self.features(theta, self.query)), self.labels).item()
@@ -115,7 +118,11 @@ def central_difference(function: Callable[[float], float], step: float = 1e-6) -
 @pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("argument", ["theta", "w", "target"])
-def test_gradient_is_the_slope_of_the_outer_loss(problem: Problem, argument: str, method: GradientMethod, inner_steps: int) -> None:
+@pytest.mark.parametrize("inner_loss", get_args(InnerLoss))
+def test_gradient_is_the_slope_of_the_outer_loss(
+    inner_loss: InnerLoss, argument: str, method: GradientMethod, inner_steps: int
+) -> None:
+    problem = Problem(inner_loss)
     values = {"theta": problem.theta, "w": problem.w, "target": {"t": problem.target}}
     found = problem.gradient(method, inner_steps)
     gradient = {"theta": found.theta, "w": found.w, "target": {"t": found.target}}[argument]
