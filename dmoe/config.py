@@ -190,8 +190,11 @@ class MetaConfig(Section):
     aggregator: OptimizerConfig
     restart_optimizers: bool = False
     """Forget Adam's moments at each epoch, as the public code does."""
-    gradient: Literal["forward_over_reverse", "double_backward"] = "forward_over_reverse"
-    """Two ways to the same exact gradient; the first keeps no graph of the inner steps."""
+    gradient: Literal["forward_over_reverse", "reverse_over_reverse", "double_backward"] = "forward_over_reverse"
+    """Ways to the same exact gradient. The first two keep no graph of the inner steps; the second is for networks with operators
+    that have no forward-mode derivatives; the third keeps the whole graph, which is fastest for small networks."""
+    chunk_size: Annotated[int, Field(ge=1)] | None = None
+    """Images of an episode that are differentiated at a time, where no graph is kept; memory grows with it. null: all."""
     evaluate_every: Duration = Duration(0.5, "epochs")
 
 

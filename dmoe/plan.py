@@ -137,6 +137,7 @@ def measure(run: Run, expert: Network, student: Network, aggregator: nn.Module) 
         inner_steps=settings.inner_steps,
         inner_loss=settings.inner_loss,
         method=settings.gradient,
+        chunk_size=settings.chunk_size,
     )
     tokens = torch.zeros(batch, run.config.experts.count, expert.width, device=device)
     many_labels = run.source.labels[torch.arange(batch) % len(run.source)].to(device)

@@ -333,6 +333,7 @@ def meta_train_student(
             inner_steps=config.inner_steps,
             inner_loss=config.inner_loss,
             method=config.gradient,
+            chunk_size=config.chunk_size,
         )
         return meta_train(
             stage=stage,

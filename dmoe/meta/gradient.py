@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Params = Mapping[str, Tensor]
 Apply = Callable[[Params, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-GradientMethod = Literal["forward_over_reverse", "double_backward"]
+GradientMethod = Literal["forward_over_reverse", "reverse_over_reverse", "double_backward"]
 InnerLoss = Literal["mean_square", "norm"]
 
 
@@ -94,25 +94,30 @@ def meta_gradient(
     inner_steps: int = 1,
     inner_loss: InnerLoss = "mean_square",
     method: GradientMethod = "forward_over_reverse",
+    chunk_size: int | None = None,
 ) -> MetaGradient:
     """The outer loss on the query images after adapting to the support images, with its second-order gradients.
 
-    Both methods give the same numbers up to rounding. ``forward_over_reverse`` keeps no graph of the inner steps; the
-    other keeps it and needs no forward-mode derivatives of the network's operators.
+    All methods give the same numbers up to rounding. The first two keep no graph of the inner steps, and can take support and
+    query images in chunks, so that memory does not grow with their number: every term is a sum over images, as long as the
+    network treats each by itself (batch-norm in eval mode does). ``reverse_over_reverse`` does without forward-mode
+    derivatives, which some operators lack. ``double_backward`` keeps the whole episode as one graph.
 
     Args:
-        loss: ``(logits [Q, K], labels [Q]) -> scalar``.
+        loss: ``(logits [Q, K], labels [Q]) -> scalar``, a mean over images.
         target: t of the support images ``[S, D]``; whatever graph it carries is left alone.
         inner_lr: step size of the inner steps.
         inner_steps: how many, at least 1.
+        chunk_size: images at a time; None: all at once. ``double_backward`` takes no chunks.
     """
-    run = _forward_over_reverse if method == "forward_over_reverse" else _double_backward
     theta = {name: value.detach() for name, value in theta.items()}
     w = {name: value.detach() for name, value in w.items()}
+    episode = _Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has neither a second derivative nor a forward mode
-        return run(
-            _Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss)
-        )
+        if method == "double_backward":
+            return _double_backward(episode)
+        product = _forward_over_reverse if method == "forward_over_reverse" else _reverse_over_reverse
+        return _by_products(episode, product, chunk_size or max(len(support), len(query)))
 
 
 class _Episode(NamedTuple):
@@ -130,43 +135,96 @@ class _Episode(NamedTuple):
     inner_loss: InnerLoss
 
 
-def _forward_over_reverse(episode: _Episode) -> MetaGradient:
-    """Back through the inner steps by Hessian-vector products.
+Product = Callable[[Apply, Params, Params, Tensor, Tensor, InnerLoss], tuple[Params, Tensor]]
+"""(features, theta, v, images, target, inner loss) to (H v, M v): H is d2 L_in / dtheta2, M is d2 L_in / dt dtheta."""
 
-    With theta_0 = theta, theta_{k+1} = theta_k - lr * dL_in/dtheta_k and v_K = dL_out/dtheta_K, one forward-over-reverse pass
-    at theta_k in direction v_{k+1} gives both H v, by which v_k = v_{k+1} - lr * H v, and J v, the tangent of the features f,
-    by which dL_out/dt grows by -lr * (d2 L_in / dt df) J v: for the mean square, lr * 2 / (S * D) * J v.
+
+def _by_products(episode: _Episode, product: Product, chunk_size: int) -> MetaGradient:
+    """Back through the inner steps by Hessian-vector products, chunk by chunk.
+
+    With theta_0 = theta, theta_{k+1} = theta_k - lr * dL_in/dtheta_k and v_K = dL_out/dtheta_K: v_k = v_{k+1} - lr * H v_{k+1}, and
+    dL_out/dt grows by -lr * M v_{k+1}, both at theta_k.
     """
     features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind = episode
+    chunks = [(images, t, len(images) / len(support)) for images, t in _split(chunk_size, support, target)]
     path: list[Params] = [theta]
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
-        stepped, inner_loss = inner_step(features, path[-1], support, target, inner_lr, kind)
-        path.append(stepped)
+        gradient, inner_loss = _zeros(theta), target.new_zeros(())
+        for images, t, share in chunks:
+            part, value = grad_and_value(lambda p, x=images, t=t: distillation_loss(features(p, x), t, kind))(path[-1])
+            _add(gradient, part, share)
+            inner_loss += share * value
+        path.append({name: value - inner_lr * gradient[name] for name, value in path[-1].items()})
         inner_losses.append(inner_loss)
 
-    def outer(p: Params, q: Params) -> tuple[Tensor, Tensor]:
-        logits = head(q, features(p, query))
-        return loss(logits, labels), logits
+    def outer(p: Params, q: Params, images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(q, features(p, images))
+        return loss(logits, y), logits
 
-    (v, w_gradient), (outer_loss, logits) = grad_and_value(outer, argnums=(0, 1), has_aux=True)(path[-1], w)
-
-    def inner(p: Params) -> tuple[Tensor, Tensor]:
-        student = features(p, support)
-        return distillation_loss(student, target, kind), student
-
-    def pull(student: Tensor) -> Tensor:
-        """dL_in/dt."""
-        gradient: Tensor = grad(lambda t: distillation_loss(student, t, kind))(target)
-        return gradient
+    v, w_gradient, outer_loss, logits = _zeros(theta), _zeros(w), target.new_zeros(()), []
+    for images, y in _split(chunk_size, query, labels):
+        share = len(images) / len(query)
+        (by_theta, by_w), (value, said) = grad_and_value(outer, argnums=(0, 1), has_aux=True)(path[-1], w, images, y)
+        _add(v, by_theta, share)
+        _add(w_gradient, by_w, share)
+        outer_loss += share * value
+        logits.append(said.detach())
 
     target_gradient = torch.zeros_like(target)
     for point in reversed(path[:-1]):
-        passed = jvp(grad(inner, has_aux=True), (dict(point),), (v,))
-        (_, student), (hessian_v, jacobian_v) = passed[0], passed[1]
-        target_gradient -= inner_lr * jvp(pull, (student,), (jacobian_v,))[1]
-        v = {name: value - inner_lr * hessian_v[name] for name, value in v.items()}
-    return MetaGradient(outer_loss, inner_losses[0], v, w_gradient, target_gradient, logits.detach())
+        hessian_v = _zeros(theta)
+        for (images, t, share), rows in zip(chunks, target_gradient.split(chunk_size), strict=True):
+            by_theta, by_target = product(features, point, v, images, t, kind)
+            _add(hessian_v, by_theta, share)
+            rows.sub_(inner_lr * share * by_target)
+        _add(v, hessian_v, -inner_lr)
+    return MetaGradient(outer_loss, inner_losses[0], v, w_gradient, target_gradient, torch.cat(logits))
+
+
+def _forward_over_reverse(
+    features: Apply, theta: Params, v: Params, images: Tensor, target: Tensor, kind: InnerLoss
+) -> tuple[Params, Tensor]:
+    """One forward-mode pass through the reverse pass: H v, and J v, the tangent of the features f. M v is (d2 L_in / dt df) J v."""
+
+    def inner(p: Params) -> tuple[Tensor, Tensor]:
+        found = features(p, images)
+        return distillation_loss(found, target, kind), found
+
+    def pull(found: Tensor) -> Tensor:
+        """dL_in/dt."""
+        gradient: Tensor = grad(lambda t: distillation_loss(found, t, kind))(target)
+        return gradient
+
+    passed = jvp(grad(inner, has_aux=True), (dict(theta),), (dict(v),))
+    (_, found), (hessian_v, jacobian_v) = passed[0], passed[1]
+    return hessian_v, jvp(pull, (found,), (jacobian_v,))[1]
+
+
+def _reverse_over_reverse(
+    features: Apply, theta: Params, v: Params, images: Tensor, target: Tensor, kind: InnerLoss
+) -> tuple[Params, Tensor]:
+    """The gradient of <dL_in/dtheta, v> by theta and by t."""
+    leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+    t = target.clone().requires_grad_()
+    inner_loss = distillation_loss(features(leaves, images), t, kind)
+    gradients = torch.autograd.grad(inner_loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+    along = torch.stack([(g * v[name]).sum() for name, g in zip(leaves, gradients, strict=True)]).sum()
+    *hessian_v, mixed_v = torch.autograd.grad(along, [*leaves.values(), t], materialize_grads=True)
+    return dict(zip(leaves, hessian_v, strict=True)), mixed_v
+
+
+def _split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+
+
+def _zeros(like: Params) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in like.items()}
+
+
+def _add(total: dict[str, Tensor], part: Params, share: float) -> None:
+    for name, value in total.items():
+        value.add_(part[name], alpha=share)
 
 
 def _double_backward(episode: _Episode) -> MetaGradient:

@@ -60,10 +60,11 @@ class MetaLearner:
         inner_steps: int = 1,
         inner_loss: InnerLoss = "mean_square",
         method: GradientMethod = "forward_over_reverse",
+        chunk_size: int | None = None,
     ) -> None:
         self.student, self.aggregator = student.eval(), aggregator.eval()
         self._task, self._inner_lr, self._inner_steps = task, inner_lr, inner_steps
-        self._inner_loss, self._method = inner_loss, method
+        self._inner_loss, self._method, self._chunk_size = inner_loss, method, chunk_size
         self._theta = dict(student.features.named_parameters())
         self._w = dict(student.head.named_parameters())
         self._buffers = dict(student.features.named_buffers())
@@ -97,6 +98,7 @@ class MetaLearner:
                 inner_steps=self._inner_steps,
                 inner_loss=self._inner_loss,
                 method=self._method,
+                chunk_size=self._chunk_size,
             )
             by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()
             for parameter, gradient in zip(

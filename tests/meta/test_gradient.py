@@ -68,7 +68,7 @@ class Problem:
     def head(self, w: Mapping[str, Tensor], features: Tensor) -> Tensor:
         return F.linear(features, w["weight"], w["bias"])
 
-    def gradient(self, method: GradientMethod, inner_steps: int) -> MetaGradient:
+    def gradient(self, method: GradientMethod, inner_steps: int, chunk_size: int | None = None) -> MetaGradient:
         return meta_gradient(
             features=self.features,
             head=self.head,
@@ -83,6 +83,7 @@ class Problem:
             inner_steps=inner_steps,
             inner_loss=self.inner_loss,
             method=method,
+            chunk_size=chunk_size,
         )
 
     def outer_loss(self, theta: Params, w: Params, target: Tensor, inner_steps: int) -> float:
@@ -155,9 +156,16 @@ def test_gradient_is_that_of_an_independent_library(problem: Problem, method: Gr
     torch.testing.assert_close(found.target, by_target, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("inner_loss", get_args(InnerLoss))
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 100])
+@pytest.mark.parametrize("method", ["forward_over_reverse", "reverse_over_reverse"])
 @pytest.mark.parametrize("inner_steps", [1, 3])
-def test_both_methods_agree_to_rounding(problem: Problem, inner_steps: int) -> None:
-    one, other = (problem.gradient(method, inner_steps) for method in METHODS)
+def test_all_methods_agree_to_rounding_whatever_the_chunks(
+    inner_steps: int, method: GradientMethod, chunk_size: int | None, inner_loss: InnerLoss
+) -> None:
+    problem = Problem(inner_loss)
+    one, other = problem.gradient(method, inner_steps, chunk_size), problem.gradient("double_backward", inner_steps)
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-13, atol=1e-14)
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-14)
     assert one.inner_loss.item() == pytest.approx(other.inner_loss.item(), rel=1e-14)
     assert distance(flat(one.theta), flat(other.theta)) < 1e-12
