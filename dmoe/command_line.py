@@ -79,7 +79,7 @@ def open_run(
         folder.config()  # says so where this is no run folder
     if finished or (recorded.exists() and not (options.dataset or options.config)):
         path = recorded
-    if options.config is None and not path.exists():
+    if options.config is None and options.dataset is not None and options.dataset not in known_datasets():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
     if options.threads is not None and options.threads < 1:

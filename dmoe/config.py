@@ -281,8 +281,9 @@ def validate_config(content: Mapping[str, Any], place: str, origins: Mapping[tup
 
 
 def known_datasets() -> list[str]:
-    """Names for which a configuration is shipped."""
-    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+    """Names of data sets for which a configuration is shipped; other configurations there are examples, for ``--config``."""
+    paths = CONFIG_FOLDER.glob("*.yaml")
+    return sorted(path.stem for path in paths if yaml.safe_load(path.read_text(encoding="utf-8"))["dataset"] == path.stem)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

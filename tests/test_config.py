@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dmoe.config import CONFIG_FOLDER, Config, Duration, differences, load_config, validate_config
+from dmoe.config import CONFIG_FOLDER, Config, Duration, differences, known_datasets, load_config, validate_config
 from dmoe.errors import UserError
 
 
@@ -46,8 +46,67 @@ def fault(path: Path, *overrides: str, **flags: Any) -> str:
 
 
 @pytest.mark.parametrize("shipped", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configuration_is_valid_and_named_after_its_dataset(shipped: Path) -> None:
-    assert load_config(shipped).dataset == shipped.stem
+def test_shipped_configuration_is_valid(shipped: Path) -> None:
+    assert load_config(shipped).dataset in known_datasets()
+
+
+def test_known_data_sets_are_those_with_a_configuration_of_their_name() -> None:
+    assert known_datasets() == ["camelyon", "digits", "fmow", "folders", "iwildcam", "poverty", "rxrx1"]
+
+
+WILDS = ("camelyon", "fmow", "iwildcam", "poverty", "rxrx1")
+
+
+@pytest.mark.parametrize("name", WILDS)
+def test_presets_differ_in_what_the_papers_text_and_its_code_differ_in(name: str) -> None:
+    path = CONFIG_FOLDER / f"{name}.yaml"
+    code, text = load_config(path), load_config(path, ["preset=paper"])
+    assert (code.preset, text.preset) == ("reference", "paper")
+    assert (code.meta.mask, text.meta.mask) == ("remove", "zero")
+    assert (code.meta.inner_loss, text.meta.inner_loss) == ("mean_square", "norm")
+    assert code.meta.domains_per_update == 1 < text.meta.domains_per_update
+    assert (text.meta.inner_lr, text.meta.student.lr, text.meta.aggregator.lr) == (3e-4, 3e-5, 3e-5)
+    assert str(text.meta.duration) == "15 epochs"
+    assert text.experts.training.optimizer.lr == 1e-4
+    assert not text.meta.restart_optimizers and code.meta.restart_optimizers == (name in ("iwildcam", "camelyon", "fmow"))
+    assert (code.evaluation.score_support, text.evaluation.score_support) == (True, False)
+
+
+@pytest.mark.parametrize("name", WILDS)
+def test_published_settings_of_the_experts(name: str) -> None:
+    """METHOD, section 5: experts, batch, learning rate, L2, epochs, support, query, inner learning rate, seed."""
+    published = {
+        "iwildcam": (10, 16, 3e-5, 0, "12 epochs", 24, 16, 3e-4, 1),
+        "camelyon": (5, 32, 1e-3, 1e-2, "5 epochs", 64, 32, 1e-3, 3407),
+        "rxrx1": (3, 75, 1e-4, 1e-5, "90 epochs", 75, 48, 1e-4, 1000),
+        "fmow": (4, 64, 1e-4, 0, "30 epochs", 64, 48, 1e-4, 42),
+        "poverty": (3, 64, 1e-3, 0, "200 epochs", 64, 48, 1e-3, 1),
+    }
+    config = load_config(CONFIG_FOLDER / f"{name}.yaml")
+    training, adam = config.experts.training, config.experts.training.optimizer
+    found = (config.experts.count, training.batch_size, adam.lr, adam.l2, str(training.duration))
+    episode = (config.meta.support_size, config.meta.query_size, config.meta.inner_lr, config.seed)
+    assert (*found, *episode) == published[name]
+
+
+def test_values_of_a_preset_are_merged_into_those_of_the_file(path: Path) -> None:
+    presets = {"other": {"preset": "other", "meta": {"inner_lr": 0.25}}}
+    path.write_text(yaml.safe_dump({**CONTENT, "preset": "own", "presets": presets}), encoding="utf-8")
+    own, other = load_config(path), load_config(path, ["preset=other"])
+    assert own == load_config(path, ["preset=own"])
+    assert other.meta.inner_lr == 0.25
+    assert other.model_copy(update={"preset": "own", "meta": own.meta}) == own
+    assert load_config(path, ["meta.inner_lr=2", "preset=other"]).meta.inner_lr == 2, "the command line wins over a preset"
+
+
+def test_unknown_preset_is_told_with_the_known_ones(path: Path) -> None:
+    path.write_text(yaml.safe_dump({**CONTENT, "preset": "own", "presets": {"other": {}}}), encoding="utf-8")
+    assert fault(path, "preset=mine").endswith("known there: own, other")
+
+
+@pytest.mark.parametrize(("given", "names"), [("[photo, 4]", ("photo", "4")), ("photo", ("photo",)), ("7", ("7",))])
+def test_domains_are_names_even_where_they_look_like_numbers(path: Path, given: str, names: tuple[str, ...]) -> None:
+    assert load_config(path, [f"data.target_domains={given}"]).data.target_domains == names
 
 
 def test_defaults_fill_what_the_file_leaves_out(path: Path) -> None:
