@@ -48,6 +48,12 @@ def parser(description: str, *, epilog: str) -> argparse.ArgumentParser:
     return made
 
 
+def loaded(options: argparse.Namespace) -> set[str]:
+    """Which of ``experts``, ``aggregator`` and ``student`` are to be loaded, not trained."""
+    tests = getattr(options, "test", False)
+    return {name for name, flag in _LOAD_FLAGS.items() if tests or getattr(options, flag, False)}
+
+
 def run_dir_of(options: argparse.Namespace) -> Path:
     return options.run_dir or Path("runs") / (options.dataset or (options.config.stem if options.config else "digits"))
 
@@ -93,7 +99,7 @@ def open_run(
 
     from dmoe.artifacts import read_json, write_json
     from dmoe.data.partition import write_partition
-    from dmoe.data.registry import load_dataset
+    from dmoe.data.registry import Opening, load_dataset
     from dmoe.published import PublishedFolder
     from dmoe.stages import Run, check
 
@@ -106,7 +112,8 @@ def open_run(
     left_out = folder.path / "unreadable.json"
     known = read_json(left_out)["images"] if left_out.exists() else None
     workers = threads if config.data.workers is None else config.data.workers
-    dataset = load_dataset(config.dataset, config.data, workers=workers, known_unreadable=known)
+    opening = Opening(workers=workers, known_unreadable=known, download=claim)
+    dataset = load_dataset(config.dataset, config.data, opening)
     if config.data.workers is None and dataset.in_memory:
         workers = 0
     tests = getattr(options, "test", False)
@@ -121,12 +128,11 @@ def open_run(
         workers=workers,
         published=published,
     )
-    given = {name for name, flag in _LOAD_FLAGS.items() if tests or getattr(options, flag, False)}
-    check(run, expert=expert, given=given, tests=tests)
+    check(run, expert=expert, given=loaded(options), tests=tests)
     if claim:
         folder.claim(config, fresh=fresh)
         if not where.exists():
-            write_partition(where, groups, dataset.splits["source"].domain_names)
+            write_partition(where, groups, dataset.splits["source"].group_names)
         if config.data.skip_unreadable and known is None:
             write_json(left_out, {"images": list(dataset.unreadable)})
     return run

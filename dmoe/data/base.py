@@ -36,6 +36,11 @@ class DomainSplit(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def group_names(self) -> Mapping[int, str]:
+        """A readable name of each number in ``group_domains``."""
+        return self.domain_names
+
     @abstractmethod
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         """The images numbered ``index`` ``[B]``, float32 ``[B, C, H, W]``, ready for a network.
@@ -76,6 +81,10 @@ class FirstImages(DomainSplit):
 
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self._split.images(self._kept[index], view=view, draw=draw)
+
+    @property
+    def group_names(self) -> Mapping[int, str]:
+        return self._split.group_names
 
     def pixels(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self._split.pixels(self._kept[index], view=view, draw=draw)

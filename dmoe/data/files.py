@@ -46,6 +46,7 @@ class ImageFiles(DomainSplit):
         domain_names: Mapping[int, str],
         transform: ImageTransform,
         group_domains: Tensor | None = None,
+        group_names: Mapping[int, str] | None = None,
         augmentation: Augmentation = "none",
     ) -> None:
         """
@@ -58,7 +59,12 @@ class ImageFiles(DomainSplit):
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels, self.domains, self.domain_names = labels, domains, domain_names
         self.group_domains = domains if group_domains is None else group_domains
+        self._group_names = domain_names if group_names is None else group_names
         self.views = TURNS if augmentation == "turns" else 1
+
+    @property
+    def group_names(self) -> Mapping[int, str]:
+        return self._group_names
 
     def path(self, number: int) -> Path:
         """The file of an image."""

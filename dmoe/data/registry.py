@@ -1,6 +1,7 @@
 """Data sets by the name that the command line knows."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dmoe.config import DataConfig
@@ -10,33 +11,42 @@ from dmoe.errors import UserError
 DEFAULT_FOLDER = Path("data")
 
 
-def load_dataset(
-    name: str, config: DataConfig, *, workers: int = 0, known_unreadable: Sequence[str] | None = None
-) -> DomainDataset:
-    """Open a data set.
+@dataclass(frozen=True)
+class Opening:
+    """How a data set is opened, which leaves what it is alone.
 
-    Args:
+    Attributes:
         workers: processes to read images with, where all have to be read.
         known_unreadable: images that cannot be read, found by an earlier visit; None: not known.
+        download: fetch what is not there.
+    """
+
+    workers: int = 0
+    known_unreadable: Sequence[str] | None = None
+    download: bool = True
+
+
+def load_dataset(name: str, config: DataConfig, opening: Opening | None = None) -> DomainDataset:
+    """Open a data set.
 
     Raises:
         UserError: unknown name, or the data cannot be read.
     """
     if name not in _LOADERS:
         raise UserError(f"dataset: {name!r} is unknown; known: {', '.join(_LOADERS)}")
-    dataset = _LOADERS[name](name, config, workers, known_unreadable)
+    dataset = _LOADERS[name](name, config, opening or Opening())
     if config.source_images_per_domain is not None:
         dataset = dataset.with_fewer_source_images(config.source_images_per_domain)
     return dataset
 
 
-def _digits(name: str, config: DataConfig, workers: int, known_unreadable: Sequence[str] | None) -> DomainDataset:
+def _digits(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
     from dmoe.data import digits
 
     return digits.load(seed=config.seed)
 
 
-def _wilds(name: str, config: DataConfig, workers: int, known_unreadable: Sequence[str] | None) -> DomainDataset:
+def _wilds(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
     from dmoe.data import wilds
 
     return wilds.load(
@@ -45,12 +55,13 @@ def _wilds(name: str, config: DataConfig, workers: int, known_unreadable: Sequen
         fold=config.fold,
         image_size=config.image_size,
         skip_unreadable=config.skip_unreadable,
-        known_unreadable=known_unreadable,
-        workers=workers,
+        known_unreadable=opening.known_unreadable,
+        workers=opening.workers,
+        download=opening.download,
     )
 
 
-def _folders(name: str, config: DataConfig, workers: int, known_unreadable: Sequence[str] | None) -> DomainDataset:
+def _folders(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
     from dmoe.data import folders
 
     return folders.load(
@@ -64,12 +75,12 @@ def _folders(name: str, config: DataConfig, workers: int, known_unreadable: Sequ
         augmentation=config.augmentation,
         seed=config.seed,
         skip_unreadable=config.skip_unreadable,
-        known_unreadable=known_unreadable,
-        workers=workers,
+        known_unreadable=opening.known_unreadable,
+        workers=opening.workers,
     )
 
 
-_LOADERS: dict[str, Callable[[str, DataConfig, int, Sequence[str] | None], DomainDataset]] = {
+_LOADERS: dict[str, Callable[[str, DataConfig, Opening], DomainDataset]] = {
     "digits": _digits,
     **dict.fromkeys(("iwildcam", "camelyon", "rxrx1", "fmow", "poverty"), _wilds),
     "folders": _folders,

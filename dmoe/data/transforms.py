@@ -65,7 +65,7 @@ class ImageTransform:
             return bands.transpose(1, 2, 0)
         if isinstance(picture, np.ndarray):
             raise ValueError("is an array; a picture was expected")
-        picture = _eight_bits(picture)
+        picture = _convertible(picture)
         mode = "L" if channels == 1 else "RGB"
         if picture.mode != mode:
             picture = picture.convert(mode)
@@ -85,8 +85,10 @@ class ImageTransform:
             for rows, part in zip(images.split(len(parts[0])), parts, strict=True):
                 rows.copy_(part.flatten(1, 2).transpose(1, 2).contiguous()).div_(255)
                 rows.sub_(rows.mean(dim=2, keepdim=True))
-                std = torch.linalg.vector_norm(rows, dim=2, keepdim=True) / math.sqrt(max(1, height * width - 1))
-                rows.div_(std.where(std > 0, 1.0))
+                # By rows first: one sum over all pixels would lose digits. A true deviation is never as small as the residue.
+                norm = torch.linalg.vector_norm(rows.view(-1, channels, height, width), dim=3).norm(dim=2).unsqueeze(2)
+                std = norm / math.sqrt(max(1, height * width - 1))
+                rows.div_(std.where(std > 1e-6, 1.0))
             return images.view(count, channels, height, width)
         # Rows as vectors of width x channels: a vector of three is slow to work with. Channels stay last in memory.
         images = torch.empty(count, height, width * channels, device=pixels.device)
@@ -141,12 +143,15 @@ def random_crop(picture: Image.Image, size: tuple[int, int], *key: Key) -> Image
     )
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         torch.default_generator.manual_seed(seed_of(*key))
-        cropped: Image.Image = transform(_eight_bits(picture).convert("RGB"))
+        cropped: Image.Image = transform(_convertible(picture).convert("RGB"))
     return cropped
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 bits a pixel as 8, by its high byte; Pillow itself would clip it to white.
+def _convertible(picture: Image.Image) -> Image.Image:
+    """What Pillow converts to grey or RGB as one expects.
+
+    Of 16 bits a pixel the high byte is taken, where Pillow would clip all but the darkest to white. Palettes of which each colour
+    has its own transparency go by way of RGBA, else Pillow warns; the colours are the same.
 
     Raises:
         ValueError: pixels are of 32 bits or floating.
@@ -158,6 +163,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("holds pixels of 32 bits: save it with 8 or 16 bits")
         return Image.fromarray((values >> 8).astype(np.uint8))
+    if picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
+        return picture.convert("RGBA")
     if picture.mode == "F":
         raise ValueError("holds floating-point pixels: save it with 8 or 16 bits")
     return picture

@@ -151,6 +151,7 @@ def load(
     skip_unreadable: bool = False,
     known_unreadable: Sequence[str] | None = None,
     workers: int = 0,
+    download: bool = True,
 ) -> DomainDataset:
     """Open a WILDS data set, or download it first where it is not there.
 
@@ -161,12 +162,13 @@ def load(
         skip_unreadable: read every image once, and leave out those that cannot be read.
         known_unreadable: those that an earlier reading found, in place of another one.
         workers: processes to read images with.
+        download: fetch what is not there; otherwise say what would be fetched, and end.
 
     Raises:
         UserError: the files are missing and cannot be downloaded, are of another version, or do not fit the stock package.
     """
     kind = KINDS[name]
-    stock = _open_stock(name, kind, root, {"fold": fold} if name == "poverty" else {})
+    stock = _open_stock(name, kind, root, {"fold": fold} if name == "poverty" else {}, download=download)
     folder = Path(stock.data_dir)
     size = image_size or kind.size
     transform = ImageTransform((kind.channels, size, size), per_image=kind.normalisation == "image")
@@ -186,7 +188,7 @@ def load(
             where, way = folder / kind.metadata, "bring back that of the release"
             raise UserError(f"{where}: the {SPLITS[ours]} split holds no images, and so no domains: {way}")
     domains, names = _domains(stock, kind.domain_fields)
-    group_domains, _ = _domains(stock, [kind.group_field])
+    group_domains, group_names = _domains(stock, [kind.group_field])
     labels = stock.y_array.flatten()
     task = Task(kind.task, num_outputs=int(stock.n_classes) if kind.task == "multiclass" else 1)
     splits: dict[str, DomainSplit] = {
@@ -196,6 +198,7 @@ def load(
             labels=labels[chosen],
             domains=domains[chosen],
             group_domains=group_domains[chosen],
+            group_names=group_names,
             domain_names=names,
             transform=transform,
             augmentation=kind.augmentation if ours == "source" else "none",
@@ -221,7 +224,7 @@ def load(
     )
 
 
-def _open_stock(name: str, kind: Kind, root: Path, choices: Mapping[str, Any]) -> Any:
+def _open_stock(name: str, kind: Kind, root: Path, choices: Mapping[str, Any], *, download: bool) -> Any:
     try:
         package = wilds()
         versions = _stock_class(kind.stock_name)._versions_dict
@@ -240,6 +243,8 @@ def _open_stock(name: str, kind: Kind, root: Path, choices: Mapping[str, Any]) -
         if others:
             raise UserError(f"{root}: holds {', '.join(others)}, but version {version} is needed: {way}")
         url, gigabytes = versions[version]["download_url"], versions[version]["compressed_size"] / 1e9
+        if not download:
+            raise UserError(f"{name}: not found in {root}; a run fetches {gigabytes:.0f} GB from {url} into {folder}, or {way}")
         say(f"{name}: not found in {root}; downloading {gigabytes:.0f} GB from {url} into {folder} (another place: --data_dir)")
     try:
         with contextlib.redirect_stdout(said), fractional_seconds(), warnings.catch_warnings():
@@ -317,6 +322,8 @@ def _official_metrics(stock: Any, rows: Mapping[str, Tensor], kind: Kind) -> Cal
 
 def _fingerprint(folder: Path, kind: Kind, version: str, fold: str, transform: ImageTransform, bad: Sequence[str]) -> str:
     """The releases do not change, so their metadata stand for the pixels."""
-    digest = hashlib.sha256((folder / kind.metadata).read_bytes())
+    digest = hashlib.sha256()
+    for table in sorted(folder.glob("*.csv")):
+        digest.update(table.read_bytes())
     digest.update(repr((kind.stock_name, version, fold, transform, sorted(bad))).encode())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.meta.gradient import InnerLoss, adapted_parameters
-from dmoe.models.copying import private_copy
+from dmoe.models.copying import private_copy, set_parameters
 from dmoe.tasks import Task
 
 
@@ -38,7 +38,7 @@ class Student:
         Raises:
             ValueError: the features of the images have another shape than the target.
         """
-        features = private_copy(self.features)  # functional_call swaps tensors inside the module while it runs
+        features = private_copy(self.features)  # the new student's own; functional_call swaps tensors inside while it runs
         buffers = dict(features.named_buffers())
         parameters = adapted_parameters(
             lambda theta, x: functional_call(features, (dict(theta), buffers), (x,)),
@@ -49,7 +49,10 @@ class Student:
             inner_steps=inner_steps,
             inner_loss=inner_loss,
         )
-        return Student(features=private_copy(features, parameters), head=self.head, task=self.task)
+        set_parameters(features, parameters)
+        student = Student.__new__(Student)  # what it wraps is private already
+        student.features, student.head, student.task = features, self.head, self.task
+        return student
 
     @property
     def device(self) -> torch.device:
