@@ -48,12 +48,6 @@ def parser(description: str, *, epilog: str) -> argparse.ArgumentParser:
     return made
 
 
-def loaded(options: argparse.Namespace) -> set[str]:
-    """Which of ``experts``, ``aggregator`` and ``student`` are to be loaded, not trained."""
-    tests = getattr(options, "test", False)
-    return {name for name, flag in _LOAD_FLAGS.items() if tests or getattr(options, flag, False)}
-
-
 def run_dir_of(options: argparse.Namespace) -> Path:
     return options.run_dir or Path("runs") / (options.dataset or (options.config.stem if options.config else "digits"))
 
@@ -127,11 +121,12 @@ def open_run(
         device=torch.device(device),
         workers=workers,
         published=published,
+        given={name for name, flag in _LOAD_FLAGS.items() if tests or getattr(options, flag, False)},
     )
-    check(run, expert=expert, given=loaded(options), tests=tests)
+    check(run, expert=expert, tests=tests)
     if claim:
         folder.claim(config, fresh=fresh)
-        if not where.exists():
+        if not (tests or where.exists()):  # a test decides nothing for a training that may follow
             write_partition(where, groups, dataset.splits["source"].group_names)
         if config.data.skip_unreadable and known is None:
             write_json(left_out, {"images": list(dataset.unreadable)})

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +57,8 @@ class Entry:
     seconds: float
 
 
-def show(run: Run, *, given: Collection[str] = ()) -> None:
+def show(run: Run) -> None:
     """Print the plan.
-
-    Args:
-        given: which of ``experts``, ``aggregator`` and ``student`` are loaded, and so take no time.
 
     Raises:
         UserError: the token store does not fit on the disk.
@@ -91,7 +88,7 @@ def show(run: Run, *, given: Collection[str] = ()) -> None:
             f"{run.folder.path}: the tokens need {_size(needed)}, the disk has {_size(free)} left: choose another --run_dir"
             + (", or tokens.views=first" if run.source.views > 1 else "")
         )
-    plan = entries(run, measure(run, expert, student, aggregator), given=given)
+    plan = entries(run, measure(run, expert, student, aggregator))
     for entry in plan:
         say(f"  {entry.stage:<14}{entry.work:<58}{_duration(entry.seconds) if entry.seconds else 'finished':>12}")
     say(f"  {'in all, about':<72}{_duration(sum(entry.seconds for entry in plan)):>12}\n")
@@ -154,16 +151,15 @@ def measure(run: Run, expert: Network, student: Network, aggregator: nn.Module) 
     )
 
 
-def entries(run: Run, costs: Costs, *, given: Collection[str] = ()) -> list[Entry]:
-    """The stages of the run with their work and time; those ``given`` are as good as finished."""
+def entries(run: Run, costs: Costs) -> list[Entry]:
+    """The stages of the run with their work and time; those that are loaded are as good as finished."""
     config, source, validation = run.config, run.source, run.validation
     experts = config.experts
     look = max(costs.read, costs.forward)  # a validation image
     step = max(costs.read, costs.train)  # a training image
     members = [int((run.own_expert == number).sum()) for number in range(experts.count)]
-    waiting = [
-        size for number, size in enumerate(members) if "experts" not in given and not run.expert_stage(number).manifest.exists()
-    ]
+    trained = "experts" not in run.given
+    waiting = [size for number, size in enumerate(members) if trained and not run.expert_stage(number).manifest.exists()]
     machines = torch.cuda.device_count() if run.device.type == "cuda" else 1
     per_update = config.meta.domains_per_update
     episode = config.meta.support_size + config.meta.query_size
@@ -175,7 +171,7 @@ def entries(run: Run, costs: Costs, *, given: Collection[str] = ()) -> list[Entr
     target = run.dataset.splits["target"]
 
     def finished(name: str) -> bool:
-        return name in given or (run.folder.path / name / "manifest.json").exists()
+        return name in run.given or (run.folder.path / name / "manifest.json").exists()
 
     def supervised(training: TrainingConfig, images: int) -> float:
         steps, looks = _training(training, images)

@@ -49,6 +49,7 @@ class Run:
         groups: which expert each source domain belongs to, by ``DomainSplit.group_domains``.
         workers: processes that read images ahead.
         published: checkpoints of the paper's authors, where the user has named some.
+        given: which of ``experts``, ``aggregator`` and ``student`` are loaded, not trained.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class Run:
     device: torch.device
     workers: int = 0
     published: PublishedFolder | None = None
+    given: Collection[str] = ()
 
     @property
     def source(self) -> DomainSplit:
@@ -150,25 +152,24 @@ class Run:
         return self.dataset.metrics("validation", index, predictions)[self.dataset.selection_metric]
 
 
-def check(run: Run, *, expert: int | None = None, given: Collection[str] = (), tests: bool = False) -> None:
+def check(run: Run, *, expert: int | None = None, tests: bool = False) -> None:
     """Find now what would otherwise be found after hours.
 
     Args:
         expert: the one that is to be trained.
-        given: which of ``experts``, ``aggregator`` and ``student`` are not to be trained, but loaded; published ones are read.
-        tests: whether those are loaded to be tested, as meta-training left them.
+        tests: whether published networks are those to be tested, as meta-training left them.
 
     Raises:
         UserError: episodes do not fit the source domains, the networks do not fit each other, weights cannot be fetched or
-            read, published ones do not fit, or there is no such expert.
+            read, what is to be loaded is missing or does not fit, or there is no such expert.
     """
     config = run.config
     if expert is not None and not 0 <= expert < config.experts.count:
         raise UserError(f"--expert_idx: must be 0 to {config.experts.count - 1}, got {expert}")
     EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
     # Pretrained weights are fetched here once, not by every expert's process.
-    fresh_expert = "experts" not in given and not run.expert_stage(expert or 0).manifest.exists()
-    fresh_student = "student" not in given and not run.student_stage.manifest.exists()
+    fresh_expert = "experts" not in run.given and not run.expert_stage(expert or 0).manifest.exists()
+    fresh_student = "student" not in run.given and not run.student_stage.manifest.exists()
     ours, theirs = config.student_backbone, config.experts.backbone
     alike = ours.model_copy(update={"last_relu": theirs.last_relu}) == theirs
     network = run.network(theirs, "check", to_train=fresh_expert or (alike and fresh_student))
@@ -178,29 +179,25 @@ def check(run: Run, *, expert: int | None = None, given: Collection[str] = (), t
         raise UserError(f"student.backbone: {sizes}: they must be equal")
     with torch.device(run.device if run.published is not None else "meta"):  # whether it can be built is quickly told
         aggregator = build_aggregator(config.aggregator, width=student.width, num_outputs=run.dataset.task.num_outputs)
+    for name in ("aggregator", "student"):
+        if name in run.given and not tests and run.published is None and not (run.folder.path / name / "manifest.json").exists():
+            raise _nothing_to_load(run.folder.path / name)
     if run.published is not None:
-        _check_published(run, run.published, given, tests=tests, expert=network, aggregator=aggregator, student=student)
+        _check_published(run, run.published, tests=tests, expert=network, aggregator=aggregator, student=student)
 
 
 def _check_published(
-    run: Run,
-    published: PublishedFolder,
-    given: Collection[str],
-    *,
-    tests: bool,
-    expert: Network,
-    aggregator: Aggregator,
-    student: Network,
+    run: Run, published: PublishedFolder, *, tests: bool, expert: Network, aggregator: Aggregator, student: Network
 ) -> None:
     """Read every file that is going to be used into networks that serve for nothing else."""
     stage: TrainingStage = "meta" if tests else "pretrained"
-    if "experts" in given:
+    if "experts" in run.given:
         for number in range(run.config.experts.count):
             if tests or not run.expert_stage(number).manifest.exists():
                 published.load_expert(number, expert)
-    if "aggregator" in given and (tests or not (run.folder.path / "aggregator" / "manifest.json").exists()):
+    if "aggregator" in run.given and (tests or not (run.folder.path / "aggregator" / "manifest.json").exists()):
         published.load_aggregator(stage, aggregator)
-    if "student" in given and (tests or not run.student_stage.manifest.exists()):
+    if "student" in run.given and (tests or not run.student_stage.manifest.exists()):
         published.load_student(stage, student)
     if tests and published.student_path("pretrained").is_file():
         published.load_student("pretrained", student)
@@ -362,11 +359,15 @@ def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[s
             say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
             return
         if only_load:
-            raise UserError(f"{stage.folder}: no finished {stage.name} here: run without the flag that asks to load it")
+            raise _nothing_to_load(stage.folder)
         progress = train()
         stage.finish(files=[stage.weights], figures=progress.figures())
         tidy(stage)
     say(f"{stage.name}: {progress.summary()} ({stage.folder})")
+
+
+def _nothing_to_load(folder: Path) -> UserError:
+    return UserError(f"{folder}: no finished {folder.name} here: run without the flag that asks to load it")
 
 
 def _take_over(stage: Stage, modules: Mapping[str, nn.Module], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images that lie in files, read each time they are asked for."""
 
+import math
 import os
 import zipfile
 import zlib
@@ -80,17 +81,22 @@ class ImageFiles(DomainSplit):
             view = random_views(len(index), TURNS, draw)
         crop = draw if self._augmentation == "crops" else None
         channels, height, width = self._transform.image_shape
-        batch = torch.empty(
-            len(index), height, width, channels, dtype=torch.float32 if self._transform.takes_bands else torch.uint8
-        )
-        if get_worker_info() is not None:
-            batch.share_memory_()  # filled where the other process will read it
+        batch = _empty((len(index), height, width, channels), torch.float32 if self._transform.takes_bands else torch.uint8)
         for place, number in zip(batch.numpy(), index.tolist(), strict=True):
             place[:] = read_pixels(self.path(number), self._transform, draw=crop, slot=number)
         return turned(batch, view) if view is not None and self.views > 1 else batch
 
     def finish(self, pixels: Tensor) -> Tensor:
         return self._transform.finish(pixels)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In a process that reads ahead, the tensor lies where the other process will find it, and is not copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    strides = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
 
 
 def read_pixels(path: Path, transform: ImageTransform, *, draw: int | None = None, slot: int = 0) -> np.ndarray:
