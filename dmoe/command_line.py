@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dmoe.published import PublishedFolder
     from dmoe.stages import Run
 
-WRONG_INPUT, INTERRUPTED = 2, 130
+WRONG_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 # Read by the OpenMP runtime when torch is imported: threads that wait spin a little, for speed, and then give up their core;
 # without a limit, a machine that does something else besides is many times slower.
@@ -165,6 +165,9 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = WRONG_INPUT
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = PIPE_CLOSED
     except KeyboardInterrupt:
         print("interrupted: everything finished so far is kept; the same command goes on from there", file=sys.stderr)
         status = INTERRUPTED

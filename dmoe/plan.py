@@ -88,6 +88,9 @@ def show(run: Run) -> None:
             f"{run.folder.path}: the tokens need {_size(needed)}, the disk has {_size(free)} left: choose another --run_dir"
             + (", or tokens.views=first" if run.source.views > 1 else "")
         )
+    if (run.folder.path / "meta" / "manifest.json").exists():
+        say("  every stage is finished\n")
+        return
     plan = entries(run, measure(run, expert, student, aggregator))
     for entry in plan:
         say(f"  {entry.stage:<14}{entry.work:<58}{_duration(entry.seconds) if entry.seconds else 'finished':>12}")

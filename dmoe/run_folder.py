@@ -135,6 +135,8 @@ class RunFolder:
         """
         ours = config.model_dump(mode="json")
         recorded = self.path / CONFIG_FILE
+        # Looked at first: the next moment, another process of the same run may have claimed the folder.
+        taken = self.path.exists() and (not self.path.is_dir() or any(not is_unfinished(entry) for entry in self.path.iterdir()))
         if recorded.exists():
             if fresh:
                 raise UserError(f"{self.path}: already holds a run: choose another --run_dir, or leave --no-resume away")
@@ -142,7 +144,7 @@ class RunFolder:
             if other:
                 raise UserError(f"{self.path}: made by another configuration, {other}: choose another --run_dir")
             return
-        if self.path.exists() and (not self.path.is_dir() or any(not is_unfinished(entry) for entry in self.path.iterdir())):
+        if taken:
             raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): choose another --run_dir")
         try:
             with written_whole(recorded) as beside:
