@@ -11,7 +11,7 @@ from PIL import Image
 
 from dmoe.data import digits, folders
 from dmoe.errors import UserError
-from scripts.make_folder_sample import MOST_PER_CLASS, SCANNERS, folder_name, picture, write_sample
+from scripts.make_folder_sample import MOST_PER_CLASS, SCANNERS, folder_name, main, picture, write_sample
 from tests.told import names, one_line
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "make_folder_sample.py"
@@ -105,7 +105,9 @@ def test_the_script_writes_into_an_empty_folder_and_says_what_to_do_next(tmp_pat
 
 
 @pytest.mark.parametrize("count", [0, MOST_PER_CLASS + 1])
-def test_a_number_of_images_that_cannot_be_is_refused(tmp_path: Path, count: int) -> None:
-    done = run(str(tmp_path / "out"), "--images_per_class", str(count))
-    assert (done.returncode, done.stderr) == (2, f"error: --images_per_class: must be from 1 to {MOST_PER_CLASS}, got {count}\n")
+def test_a_number_of_images_that_cannot_be_is_refused(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "out"), "--images_per_class", str(count)])
+    with pytest.raises(UserError) as caught:
+        main()
+    assert one_line(caught) == f"--images_per_class: must be from 1 to {MOST_PER_CLASS}, got {count}"
     assert not (tmp_path / "out").exists()
