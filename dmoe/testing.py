@@ -111,9 +111,12 @@ def predictions_name(run: Run, split: str) -> str:
 
 
 def write_predictions(path: Path, evaluation: Evaluation) -> None:
-    """A prediction a line, in data-set order: class numbers, or values."""
+    """A prediction a line, in data-set order: class numbers, or values. A file that says the same already is left alone."""
+    text = "".join(f"{value!r}\n" for value in evaluation.predictions.tolist())
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
     with written_whole(path) as beside:
-        beside.write_text("".join(f"{value!r}\n" for value in evaluation.predictions.tolist()), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
 
 
 def overall_table(evaluations: Mapping[str, Evaluation], dataset: DomainDataset) -> str:
