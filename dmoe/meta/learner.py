@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from dmoe.meta.gradient import GradientMethod, InnerLoss, Params, meta_gradient
 from dmoe.models.aggregator import Aggregator
+from dmoe.models.folding import Folding
 from dmoe.models.networks import Network
 from dmoe.optimizers import ScheduledAdam
 from dmoe.tasks import Task
@@ -65,9 +66,9 @@ class MetaLearner:
         self.student, self.aggregator = student.eval(), aggregator.eval()
         self._task, self._inner_lr, self._inner_steps = task, inner_lr, inner_steps
         self._inner_loss, self._method, self._chunk_size = inner_loss, method, chunk_size
+        self._folding = Folding(student.features)
         self._theta = dict(student.features.named_parameters())
         self._w = dict(student.head.named_parameters())
-        self._buffers = dict(student.features.named_buffers())
         self._phi = [p for name, p in aggregator.named_parameters() if not name.startswith("head.")]
 
     @property
@@ -85,7 +86,8 @@ class MetaLearner:
         for episode in episodes:
             target = self.aggregator(episode.tokens)
             found = meta_gradient(
-                features=self._features,
+                features=self._folding.features,
+                prepare=self._folding.prepare,
                 head=self._head,
                 loss=self._task.loss,
                 theta=self._theta,
@@ -124,10 +126,6 @@ class MetaLearner:
         if aggregator_adam is not None:
             values["aggregator_gradient_norm"] = aggregator_adam.step(step)
         return values
-
-    def _features(self, theta: Params, images: Tensor) -> Tensor:
-        features: Tensor = functional_call(self.student.features, (dict(theta), self._buffers), (images,))
-        return features
 
     def _head(self, w: Params, features: Tensor) -> Tensor:
         logits: Tensor = functional_call(self.student.head, dict(w), (features,))

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, adapted_parameters, inner_step, meta_gradient
 from dmoe.meta.learner import EpisodeBatch, MetaLearner
 from dmoe.models.aggregator import Aggregator
+from dmoe.models.folding import Folding
 from dmoe.models.networks import Network, build_network
 from dmoe.tasks import Task
 
@@ -68,9 +69,12 @@ class Problem:
     def head(self, w: Mapping[str, Tensor], features: Tensor) -> Tensor:
         return F.linear(features, w["weight"], w["bias"])
 
-    def gradient(self, method: GradientMethod, inner_steps: int, chunk_size: int | None = None) -> MetaGradient:
+    def gradient(
+        self, method: GradientMethod, inner_steps: int, chunk_size: int | None = None, folding: Folding | None = None
+    ) -> MetaGradient:
         return meta_gradient(
-            features=self.features,
+            features=folding.features if folding else self.features,
+            prepare=folding.prepare if folding else dict,
             head=self.head,
             loss=F.cross_entropy,
             theta=self.theta,
@@ -171,6 +175,24 @@ def test_all_methods_agree_to_rounding_whatever_the_chunks(
     assert distance(flat(one.theta), flat(other.theta)) < 1e-12
     assert distance(flat(one.w), flat(other.w)) < 1e-12
     assert distance(one.target, other.target) < 1e-12
+
+
+@pytest.mark.parametrize("inner_loss", get_args(InnerLoss))
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_work_on_parameters_alone_can_be_done_beforehand(
+    inner_steps: int, method: GradientMethod, chunk_size: int | None, inner_loss: InnerLoss
+) -> None:
+    problem = Problem(inner_loss)
+    folding = Folding(problem.network.features)
+    assert folding.pairs == 2
+    one, other = problem.gradient(method, inner_steps, chunk_size, folding), problem.gradient("double_backward", inner_steps)
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-12, atol=1e-13)
+    assert list(one.theta) == list(other.theta)
+    assert distance(flat(one.theta), flat(other.theta)) < 1e-11
+    assert distance(flat(one.w), flat(other.w)) < 1e-12
+    assert distance(one.target, other.target) < 1e-11
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
