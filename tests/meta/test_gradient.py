@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, adapted_parameters, inner_step, meta_gradient
-from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
 from dmoe.models.networks import Network, build_network
@@ -234,7 +234,7 @@ def test_an_inner_step_goes_down_the_inner_loss(problem: Problem) -> None:
 def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: GradientMethod, inner_steps: int) -> None:
     aggregator = Aggregator(width=D, num_outputs=K, depth=2, heads=2, dropout=0.1, output_map=True).double()
     tokens = torch.randn(S, 3, D, dtype=torch.float64)
-    settings: dict[str, Any] = {"inner_lr": INNER_LR, "inner_steps": inner_steps, "method": method}
+    settings: dict[str, Any] = {"inner_lr": INNER_LR, "inner_steps": inner_steps, "way": Way(method)}
     learner = MetaLearner(student=problem.network, aggregator=aggregator, task=Task("multiclass", num_outputs=K), **settings)
     learner.add_gradients([EpisodeBatch(problem.support, tokens, problem.query, problem.labels)])
     phi = learner.aggregator_parameters
@@ -260,7 +260,7 @@ def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: Gradient
 def test_students_with_attention_can_be_meta_trained(method: GradientMethod) -> None:
     student = build_network("timm:test_vit", image_shape=(3, 32, 32), num_outputs=3).double().eval()
     aggregator = Aggregator(width=student.width, num_outputs=3, depth=1, heads=4, dropout=0.1).double()
-    learner = MetaLearner(student=student, aggregator=aggregator, task=Task("multiclass", 3), inner_lr=0.1, method=method)
+    learner = MetaLearner(student=student, aggregator=aggregator, task=Task("multiclass", 3), inner_lr=0.1, way=Way(method))
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     tokens = torch.randn(3, 2, student.width, dtype=torch.float64)
     learner.add_gradients([EpisodeBatch(images[:3], tokens, images[3:], torch.tensor([0, 1, 2]))])
