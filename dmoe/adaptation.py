@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from dmoe.meta.gradient import InnerLoss
 from dmoe.models.copying import private_copy
 from dmoe.models.expert_pool import BatchNormStatistics, ExpertPool
-from dmoe.models.student import Student
+from dmoe.models.student import InnerSteps, Student
+from dmoe.precision import Precision
 from dmoe.tasks import Task
 
 
@@ -33,6 +34,7 @@ class Adapter:
         inner_steps: int = 1,
         inner_loss: InnerLoss = "mean_square",
         expert_batch_norm: BatchNormStatistics = "running",
+        expert_precision: Precision = "float32",
         task: Task | None = None,
     ) -> None:
         """
@@ -44,24 +46,25 @@ class Adapter:
             inner_lr: step size of the inner steps.
             inner_loss: see :func:`~dmoe.meta.gradient.distillation_loss`.
             expert_batch_norm: see :class:`~dmoe.models.expert_pool.ExpertPool`.
+            expert_precision: that the experts compute in, see :func:`~dmoe.precision.computing_in`.
             task: how logits become probabilities; left out, they are a softmax over K classes.
         """
-        self._experts = ExpertPool(experts, batch_norm=expert_batch_norm)
+        self._experts = ExpertPool(experts, batch_norm=expert_batch_norm, precision=expert_precision)
         self._aggregator = private_copy(aggregator)
-        self._inner_lr, self._inner_steps, self._inner_loss = inner_lr, inner_steps, inner_loss
+        self._inner: InnerSteps = {"inner_lr": inner_lr, "inner_steps": inner_steps, "inner_loss": inner_loss}
         self.student = Student(features=features, head=head, task=task or Task("multiclass", num_outputs=0))
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
         """What the experts together would have the student's features of ``images`` be, ``[B, D]``."""
-        target: Tensor = self._aggregator(self._experts(images.to(self.student.device)))
-        return target
+        return self._target_of(self._experts(images.to(self.student.device)))
 
-    def adapt(self, images: Tensor) -> Student:
+    def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student:
         """The student adapted to a domain.
 
         Args:
             images: ``[B, C, H, W]``, unlabeled, of that domain.
+            tokens: what the experts say of them, ``[B, N, D']``, where that is known already; the experts are not asked then.
 
         Raises:
             ValueError: ``images`` is not a batch of at least one image, or its targets are not as wide as its features.
@@ -69,10 +72,32 @@ class Adapter:
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")
         images = images.to(self.student.device)
-        return self.student.adapted(
-            images,
-            self.target(images),
-            inner_lr=self._inner_lr,
-            inner_steps=self._inner_steps,
-            inner_loss=self._inner_loss,
-        )
+        target = self.target(images) if tokens is None else self._target_of(tokens.to(self.student.device))
+        return self.student.adapted(images, target, **self._inner)
+
+    def adapt_many(self, images: Tensor) -> list[Student]:
+        """The students adapted to several domains, in one pass through the experts, the aggregator and the inner steps.
+
+        The same as :meth:`adapt` of each, to rounding. It pays where one domain alone leaves the device waiting: small networks and
+        few images; memory grows with the number of domains.
+
+        Args:
+            images: ``[G, B, C, H, W]``, for each of G domains B unlabeled images.
+
+        Raises:
+            ValueError: ``images`` is not that.
+        """
+        if images.ndim != 5 or 0 in images.shape[:2]:
+            raise ValueError(f"adapt_many takes images [G, B, C, H, W] with G, B >= 1, got {list(images.shape)}")
+        images = images.to(self.student.device)
+        domains, count = images.shape[:2]
+        if self._experts.batch_norm == "batch":  # each domain's batch has its own statistics
+            target = torch.cat([self.target(part) for part in images])
+        else:
+            target = self.target(images.flatten(0, 1))
+        return self.student.adapted_to_many(images, target.unflatten(0, (domains, count)), **self._inner)
+
+    @torch.no_grad()
+    def _target_of(self, tokens: Tensor) -> Tensor:
+        target: Tensor = self._aggregator(tokens)
+        return target

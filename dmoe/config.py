@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Validat
 from pydantic_core import core_schema
 
 from dmoe.errors import UserError
+from dmoe.precision import Precision
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -84,6 +85,8 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig
     evaluate_every: Duration = Duration(1, "epochs")
     """Validation, and the choice of the best checkpoint."""
+    precision: Precision = "float32"
+    """bfloat16: autocast in training, for GPUs that are faster in it; validation stays in float32."""
 
 
 class BackboneConfig(Section):
@@ -143,7 +146,11 @@ class ExpertsConfig(Section):
 
 class TokensConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 500
-    """Images in one pass through the experts."""
+    """Images in one pass through the experts; halved by itself where a GPU's memory is too small."""
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    """How tokens are kept. The other two take half the disk and lose digits, see docs/performance.md."""
+    precision: Precision = "float32"
+    """bfloat16: experts are asked by autocast, for tokens and when adapting."""
     views: Literal["all", "first"] = "all"
     """Which stored views of a source image get tokens, where it has several (rxrx1: eight turns). Others are not distilled."""
     last_relu: bool | None = None
@@ -199,6 +206,8 @@ class MetaConfig(Section):
     finds."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
     """What auto lets an update take beside the networks; null: 80 % of the GPU's memory, or half of the machine's."""
+    precision: Precision = "float32"
+    """bfloat16: episodes by autocast; adapting, also in validation, stays in float32."""
     evaluate_every: Duration = Duration(0.5, "epochs")
 
 

@@ -1,9 +1,9 @@
 """The protocol of testing: each domain on its own, adapt once, predict everything; then the metrics over all."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ class Method(Protocol):
     """Anything that turns unlabeled images of a domain ``[B, C, H, W]`` into a student for that domain."""
 
     def adapt(self, images: Tensor) -> Student: ...
+
+
+class ByTokens(Protocol):
+    """A method that need not ask the experts where it is told the tokens ``[B, N, D]`` of the images."""
+
+    def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student: ...
+
+
+@dataclass(frozen=True)
+class WithTokens:
+    """A method and where the tokens of the split's images are stored, by image number ``[B]``."""
+
+    method: ByTokens
+    stored: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,13 @@ class Evaluation:
         return [value for value in values if not math.isnan(value)]
 
 
-def evaluate(
-    method: Method,
+def evaluate(method: Method | WithTokens, dataset: DomainDataset, split: str, **protocol: Any) -> Evaluation:
+    """:func:`evaluate_all` of one method."""
+    return evaluate_all({"": method}, dataset, split, **protocol)[""]
+
+
+def evaluate_all(
+    methods: Mapping[str, Method | WithTokens],
     dataset: DomainDataset,
     split: str,
     *,
@@ -72,12 +91,14 @@ def evaluate(
     support_from: Mapping[int, int] | None = None,
     workers: int = 0,
     name: str | None = None,
-) -> Evaluation:
+) -> dict[str, Evaluation]:
     """Adapt to the first ``support_size`` images of each domain, in data-set order, and predict all of its images.
 
-    Every domain starts from the same model. A domain with fewer images is adapted to with those it has.
+    Every domain starts from the same model. A domain with fewer images is adapted to with those it has. An image is read once,
+    however many methods there are.
 
     Args:
+        methods: by names.
         score_support: whether the support images count in the metrics; a domain with no others is then left out of them.
         support_from: another domain to take the support images from, by domain: a control.
         workers: processes that read images ahead.
@@ -87,25 +108,40 @@ def evaluate(
         UserError: support images are not scored and no domain has any others, or an image cannot be read.
     """
     images, task = dataset.splits[split], dataset.task
+    supports = {domain: images.members[support_from[domain] if support_from else domain] for domain in images.members}
+    supports = {domain: members[:support_size] for domain, members in supports.items()}
     reads: list[Tensor] = []  # for each domain its support, then its batches
     for domain, members in images.members.items():
-        support = images.members[support_from[domain]] if support_from else members
-        reads += [support[:support_size], *members.split(batch_size)]
+        reads += [supports[domain], *members.split(batch_size)]
     batches = stored_images(images, reads, workers=workers)
 
-    predictions = torch.zeros(len(images), dtype=torch.float32 if task.kind == "regression" else torch.int64)
-    scored: list[Tensor] = []
-    domains: dict[int, Mapping[str, float]] = {}
+    kind = torch.float32 if task.kind == "regression" else torch.int64
+    predictions = {method: torch.zeros(len(images), dtype=kind) for method in methods}
+    scored: dict[int, Tensor] = {}
     for domain, members in progress_over(images.members.items(), name=name, unit="domain"):
-        student = method.adapt(next(batches))
+        unlabeled = next(batches)
+        students = {method: _adapted(methods[method], unlabeled, supports[domain]) for method in methods}
         for index in members.split(batch_size):
-            predictions[index] = task.predictions(student.logits(next(batches))).cpu().to(predictions.dtype)
+            batch = next(batches)
+            for method, student in students.items():
+                predictions[method][index] = task.predictions(student.logits(batch)).cpu().to(kind)
         counted = members if score_support else members[support_size:]
         if len(counted):
-            scored.append(counted)
-            domains[domain] = task.metrics(predictions[counted], images.labels[counted])
+            scored[domain] = counted
     if not scored:
         raise UserError(f"evaluation.support_size: no domain has more than {support_size} images, and none is left to score")
-    together = torch.cat(scored)
+    return {method: _judged(dataset, split, predicted, scored) for method, predicted in predictions.items()}
+
+
+def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor) -> Student:
+    if isinstance(method, WithTokens):
+        return method.method.adapt(images, tokens=method.stored(index))
+    return method.adapt(images)
+
+
+def _judged(dataset: DomainDataset, split: str, predictions: Tensor, scored: Mapping[int, Tensor]) -> Evaluation:
+    task, labels = dataset.task, dataset.splits[split].labels
+    domains = {domain: task.metrics(predictions[counted], labels[counted]) for domain, counted in scored.items()}
+    together = torch.cat(list(scored.values()))
     overall = dataset.metrics(split, together, predictions[together])
     return Evaluation(overall, domains, predictions, dataset.selection_metric, task.headline)

@@ -116,6 +116,7 @@ def build_adapter(
         inner_steps=config.meta.inner_steps,
         inner_loss=config.meta.inner_loss,
         expert_batch_norm=config.evaluation.expert_batch_norm,
+        expert_precision=config.tokens.precision,
         task=task,
     )
 

@@ -23,7 +23,7 @@ class ScheduledAdam:
 
     def restart(self) -> None:
         """Forget the moments."""
-        self.adam = torch.optim.Adam(self.parameters, lr=self._config.lr, weight_decay=self._config.l2)
+        self.adam = torch.optim.Adam(self.parameters, lr=self._config.lr, weight_decay=self._config.l2, fused=True)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -43,6 +43,20 @@ class ScheduledAdam:
             group["lr"] = self.learning_rate(step)
         limit = self._config.max_gradient_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf))
+        self._align()
         self.adam.step()
         self.adam.zero_grad()
         return norm
+
+    def _align(self) -> None:
+        """Lay out gradients and moments in memory as their parameters are: the fused Adam pairs numbers by where they lie."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = _like(parameter.grad, parameter)
+            state = self.adam.state.get(parameter, {})
+            for key, value in state.items():
+                state[key] = _like(value, parameter) if value.shape == parameter.shape else value
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    return value if value.stride() == parameter.stride() else torch.empty_like(parameter).copy_(value)

@@ -20,9 +20,8 @@ from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
 from dmoe.randomness import generator
 from dmoe.stages import Run, gradient_way, meta_learner
-from dmoe.tokens import TOKENS
+from dmoe.tokens import TOKENS, bytes_a_number
 
-BYTES_A_NUMBER = 4
 SECONDS_A_MEASUREMENT = 0.3
 """About how long each timed batch takes; batches are made as small or as large as that asks for."""
 
@@ -88,6 +87,7 @@ def show(run: Run) -> None:
         raise UserError(
             f"{run.folder.path}: the tokens need {_size(needed)}, the disk has {_size(free)} left: choose another --run_dir"
             + (", or tokens.views=first" if run.source.views > 1 else "")
+            + (", or tokens.storage=float16" if run.config.tokens.storage == "float32" else "")
         )
     if (run.folder.path / "meta" / "manifest.json").exists():
         say("  every stage is finished\n")
@@ -104,7 +104,7 @@ def token_bytes(run: Run, *, width: int) -> int:
     """Size of the token stores."""
     views = {"source": run.source.views if run.config.tokens.views == "all" else 1, "validation": 1}
     images = sum(len(run.dataset.splits[name]) * count for name, count in views.items())
-    return images * run.config.experts.count * width * BYTES_A_NUMBER
+    return images * run.config.experts.count * width * bytes_a_number(run.config.tokens.storage)
 
 
 def measure(run: Run, expert: Network, student: Network, aggregator: Aggregator) -> Costs:

@@ -32,7 +32,7 @@ from dmoe.data.episodes import EpisodeSampler
 from dmoe.data.streams import EpochOrder, stored_images, supervised_batches
 from dmoe.data.transforms import random_views
 from dmoe.errors import UserError
-from dmoe.evaluation import Evaluation, Method, evaluate
+from dmoe.evaluation import Evaluation, Method, WithTokens, evaluate_all
 from dmoe.loop import Progress, Report, Trainee, tidy
 from dmoe.memory import memory_budget
 from dmoe.meta.choice import Choice, choose, remember, remembered
@@ -41,7 +41,7 @@ from dmoe.meta.training import meta_train
 from dmoe.model import build_adapter, build_aggregator, describe
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
-from dmoe.models.networks import Network, build_network
+from dmoe.models.networks import Network, build_network, in_layout
 from dmoe.published import PublishedFolder, TrainingStage
 from dmoe.randomness import Key, generator, seed_of
 from dmoe.run_folder import RunFolder, Stage
@@ -105,13 +105,14 @@ class Run:
         One that is to be trained starts from the backbone's weights; the other is an empty vessel.
         """
         torch.manual_seed(seed_of(self.config.seed, "initial weights", *key))
-        return build_network(
+        network = build_network(
             backbone.name,
             image_shape=self.dataset.image_shape,
             num_outputs=self.dataset.task.num_outputs,
             weights=backbone.weights if to_train else "none",
             last_relu=backbone.last_relu,
         ).to(self.device)
+        return in_layout(network, torch.channels_last)
 
     @property
     def student_stage(self) -> Stage:
@@ -120,8 +121,12 @@ class Run:
     def expert_stage(self, number: int) -> Stage:
         return self.folder.expert(number, self.facts("experts", expert=number))
 
-    def evaluate(self, method: Method, split: str, **protocol: Any) -> Evaluation:
+    def evaluate(self, method: Method | WithTokens, split: str, **protocol: Any) -> Evaluation:
         """A method on a split by the run's protocol, or parts of another."""
+        return self.evaluate_all({"": method}, split, **protocol)[""]
+
+    def evaluate_all(self, methods: Mapping[str, Method | WithTokens], split: str, **protocol: Any) -> dict[str, Evaluation]:
+        """Several methods on the same images."""
         settings = self.config.evaluation
         chosen = {
             "support_size": self.config.support_size,
@@ -130,7 +135,7 @@ class Run:
             "workers": self.workers,
             **protocol,
         }
-        return evaluate(method, self.dataset, split, **chosen)
+        return evaluate_all(methods, self.dataset, split, **chosen)
 
     def train_network(
         self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Report | None = None
@@ -244,10 +249,10 @@ def load_experts(run: Run) -> list[Network]:
 def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
     """Stage 2: the tokens of all source and validation images."""
     digests = [read_json(run.expert_stage(i).manifest)["files"] for i in range(len(experts))]
-    pool = ExpertPool(expert.features for expert in experts).to(run.device)
+    pool = ExpertPool((expert.features for expert in experts), precision=run.config.tokens.precision).to(run.device)
     stores = {}
     for name in ("source", "validation"):
-        stage = run.folder.stage(f"tokens/{name}", run.facts("tokens", experts=digests, split=name, dtype="float32"))
+        stage = run.folder.stage(f"tokens/{name}", run.facts("tokens", experts=digests, split=name))
         began = time.perf_counter()
         ready = is_stored(stage)
         stores[name] = build_store(
@@ -257,6 +262,7 @@ def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
             width=experts[0].width,
             batch_size=run.config.tokens.batch_size,
             device=run.device,
+            storage=run.config.tokens.storage,
             views=run.dataset.splits[name].views if run.config.tokens.views == "all" else 1,
             workers=run.workers,
         )
@@ -351,7 +357,14 @@ def meta_train_student(
             own_expert=run.own_expert,
             config=config,
             # The adapter shares the tensors that are being trained.
-            evaluate=lambda: run.evaluate(adapter, "validation", support_size=config.support_size, score_support=True).score,
+            evaluate=lambda: (
+                run.evaluate(
+                    WithTokens(adapter, lambda index: tokens["validation"][index]),
+                    "validation",
+                    support_size=config.support_size,
+                    score_support=True,
+                ).score
+            ),
             checkpoint_every=run.config.checkpoint_every,
             seed=seed_of(run.config.seed, "meta"),
             device=run.device,
@@ -372,6 +385,7 @@ def meta_learner(run: Run, teacher: Aggregator | ZeroTarget, student: Network) -
         inner_lr=config.inner_lr,
         inner_steps=config.inner_steps,
         inner_loss=config.inner_loss,
+        precision=config.precision,
     )
 
 
@@ -395,7 +409,7 @@ def gradient_way(run: Run, learner: MetaLearner) -> Choice:
         "aggregator": run.config.aggregator.model_dump(mode="json", exclude={"training"}),
         "images": [*run.dataset.image_shape, config.support_size, config.query_size],
         "experts": run.config.experts.count,
-        "inner": [config.inner_steps, config.inner_loss, config.mask, config.target],
+        "inner": [config.inner_steps, config.inner_loss, config.mask, config.target, config.precision],
         "device": device.type,
         "budget": budget,
     }

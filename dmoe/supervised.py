@@ -9,6 +9,7 @@ from dmoe.config import TrainingConfig
 from dmoe.data.streams import stream
 from dmoe.loop import Progress, Report, Trainee, run
 from dmoe.optimizers import ScheduledAdam
+from dmoe.precision import computing_in, not_coarse
 from dmoe.randomness import seed_of
 from dmoe.run_folder import Stage
 from dmoe.tasks import Task
@@ -52,7 +53,9 @@ def train_supervised(
         inputs, labels = next(batches)
         torch.manual_seed(seed_of(seed, "dropout", number))
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        loss = task.loss(logits(inputs), labels)
+        with computing_in(training.precision, device):
+            said = logits(inputs)
+        loss = task.loss(not_coarse(said), labels)
         loss.backward()
         norm = adam.step(number)
         return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": adam.learning_rate(number)}

@@ -14,7 +14,7 @@ from dmoe.baselines.unadapted import Unadapted
 from dmoe.console import say
 from dmoe.data.base import DomainDataset
 from dmoe.errors import UserError
-from dmoe.evaluation import Evaluation, Method
+from dmoe.evaluation import Evaluation, Method, WithTokens
 from dmoe.model import build_adapter, build_aggregator, load_as
 from dmoe.models.networks import Network
 from dmoe.models.student import Student
@@ -52,11 +52,11 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
         raise UserError(f"--split: {run.dataset.name} has no {split} split; it has {', '.join(run.dataset.splits)}")
     began = time.perf_counter()
     trained = _finished_run(run) if published is None else _published(run, published)
-    methods: dict[str, Method] = {}
+    methods: dict[str, Method | WithTokens] = {}
     if trained.plain is not None:
         methods |= {"ERM student": Unadapted(trained.plain), "batch statistics": BatchStatistics(trained.plain)}
     methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
-    evaluations = {name: run.evaluate(method, split, name=name) for name, method in methods.items()}
+    evaluations = run.evaluate_all(methods, split, name="test")
     for name, evaluation in evaluations.items():
         run.folder.append_result(result_row(run, name, split, evaluation, weights=trained.weights))
         if not run.dataset.unreadable:

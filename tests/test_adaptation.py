@@ -193,3 +193,29 @@ def test_predictions_are_a_softmax_unless_a_task_says_otherwise(parts: Parts) ->
     torch.testing.assert_close(student.predict(fresh), student.logits(fresh).softmax(dim=1))
     regression = parts.adapter(task=Task("regression", num_outputs=K)).student
     assert torch.equal(regression.predict(fresh), regression.logits(fresh))
+
+
+def test_known_tokens_take_the_place_of_the_experts() -> None:
+    parts, images = Parts(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    tokens = torch.randn(5, 2, D, dtype=torch.float64)
+    target = parts.aggregator(tokens).detach()
+    expected = parts.adapter().student.adapted(images, target, inner_lr=INNER_LR).parameters()
+    found = parts.adapter().adapt(images, tokens=tokens).parameters()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"inner_steps": 3}, {"inner_loss": "norm"}, {"expert_batch_norm": "batch"}])
+def test_many_domains_at_once_are_adapted_to_as_one_by_one(settings: dict[str, Any]) -> None:
+    adapter, images = Parts().adapter(**settings), torch.randn(4, 5, 2, 6, 6, dtype=torch.float64)
+    together, elsewhere = adapter.adapt_many(images), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    for found, domain in zip(together, images, strict=True):
+        alone = adapter.adapt(domain)
+        torch.testing.assert_close(dict(found.parameters()), dict(alone.parameters()), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.predict(elsewhere), alone.predict(elsewhere), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(together[0].predict(elsewhere), together[1].predict(elsewhere))
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 6, 6), (0, 5, 2, 6, 6), (4, 0, 2, 6, 6)])
+def test_many_domains_need_five_dimensions_and_an_image_each(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"adapt_many takes images \[G, B, C, H, W\]"):
+        Parts().adapter().adapt_many(torch.zeros(shape, dtype=torch.float64))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.transforms import ImageTransform
-from dmoe.evaluation import Evaluation, evaluate
+from dmoe.evaluation import Evaluation, WithTokens, evaluate, evaluate_all
 from dmoe.models.student import Student
 from dmoe.tasks import Task
 
@@ -171,3 +171,37 @@ def test_a_domain_whose_metric_is_not_a_number_is_left_out_of_mean_and_worst() -
     metrics = {1: {"r": 0.5}, 2: {"r": math.nan}, 3: {"r": 0.1}}
     found = Evaluation({}, metrics, torch.zeros(0), selection_metric="r", headline="r")
     assert (found.mean, found.worst) == (pytest.approx(0.3), 0.1)
+
+
+def test_several_methods_share_one_reading_of_the_images() -> None:
+    class Counting(Numbered):
+        read = 0
+
+        def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+            self.read += len(index)
+            return super().images(index, view=view, draw=draw)
+
+    alone, shared = Counting(), Counting()
+    one = evaluate(Recorder(), dataset(alone), "target", support_size=2, batch_size=3)
+    found = evaluate_all({"a": Recorder(), "b": Recorder()}, dataset(shared), "target", support_size=2, batch_size=3)
+    assert shared.read == alone.read == 10 + 2 + 2 + 1
+    assert list(found) == ["a", "b"]
+    assert all(torch.equal(evaluation.predictions, one.predictions) for evaluation in found.values())
+
+
+@pytest.mark.parametrize("support_from", [None, {2: 7, 7: 2, 30: 7}])
+def test_stored_tokens_handed_over_are_those_of_the_support_images(support_from: dict[int, int] | None) -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.tokens: list[list[int]] = []
+
+        def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student:
+            assert tokens is not None
+            assert torch.equal(tokens.flatten(), 100 * images.flatten())
+            self.tokens.append(tokens.flatten().int().tolist())
+            return cast(Student, Guess(images))
+
+    told = Told()
+    stored = WithTokens(told, lambda index: 100 * index.float().view(-1, 1, 1))
+    evaluate(stored, dataset(Numbered()), "target", support_size=2, batch_size=3, support_from=support_from)
+    assert len(told.tokens) == 3

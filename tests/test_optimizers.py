@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe.config import Duration, OptimizerConfig
 from dmoe.optimizers import ScheduledAdam
@@ -119,3 +119,26 @@ def test_a_restart_forgets_the_moments(gradients: list[Tensor]) -> None:
     adam.restart()
     steps_of(adam, gradients[1:])
     assert torch.equal(value, after_torch_adam(gradients[1:]))
+
+
+@pytest.mark.parametrize("changed", ["gradients", "moments", "parameters"])
+def test_the_layout_in_memory_does_not_matter(changed: str) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3, 5, 5), [torch.randn(4, 3, 5, 5) for _ in range(4)]
+    found = []
+    for other in (False, True):
+        weight = nn.Parameter(start.clone())
+        adam = ScheduledAdam([weight], OptimizerConfig(lr=0.1), steps=4, steps_per_epoch=1)
+        for number, gradient in enumerate(gradients):
+            weight.grad = gradient.clone()
+            if other and number == 2:
+                if changed == "gradients":
+                    weight.grad = gradient.contiguous(memory_format=torch.channels_last)
+                elif changed == "parameters":
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                else:
+                    state = adam.adam.state[weight]
+                    state["exp_avg"] = state["exp_avg"].contiguous(memory_format=torch.channels_last)
+            adam.step(number)
+        found.append(weight.detach().clone())
+    assert torch.equal(*found)

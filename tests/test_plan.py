@@ -119,7 +119,13 @@ def disk(monkeypatch: pytest.MonkeyPatch, measured: Costs) -> Callable[[int], No
     return set_free
 
 
-@pytest.mark.parametrize(("views", "way"), [(1, "choose another --run_dir"), (8, "--run_dir, or tokens.views=first")])
+@pytest.mark.parametrize(
+    ("views", "way"),
+    [
+        (1, "choose another --run_dir, or tokens.storage=float16"),
+        (8, "--run_dir, or tokens.views=first, or tokens.storage=float16"),
+    ],
+)
 def test_disk_that_is_too_small_is_told(tmp_path: Path, disk: Callable[[int], None], views: int, way: str) -> None:
     run = run_in(tmp_path / "run", views=views)
     needed = token_bytes(run, width=64)

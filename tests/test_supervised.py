@@ -108,7 +108,7 @@ def test_without_dropout_the_seed_does_not_matter(tmp_path: Path) -> None:
 def test_training_is_adam_on_the_task_loss_by_the_schedule(tmp_path: Path) -> None:
     module = network(dropout=0.0)
     module.train()
-    adam = torch.optim.Adam(module.parameters(), lr=0.02, weight_decay=0.01)
+    adam = torch.optim.Adam(module.parameters(), lr=0.02, weight_decay=0.01, fused=True)
     for step in range(15):
         adam.param_groups[0]["lr"] = 0.02 * min(1.0, (step + 1) / 4) * 0.96 ** (step // 5)
         inputs, labels = batch(step)
@@ -155,3 +155,12 @@ def test_parameter_without_gradient_is_left_alone(tmp_path: Path) -> None:
     before = module.unused.weight.detach().clone()
     train(tmp_path, module)
     assert torch.equal(module.unused.weight, before)
+
+
+def test_bfloat16_trains_float32_weights_a_little_differently(tmp_path: Path) -> None:
+    coarse = TRAINING.model_copy(update={"precision": "bfloat16"})
+    found = [train(tmp_path / name, network(0.0), training=how, scored=False)[1] for name, how in (("f", TRAINING), ("b", coarse))]
+    assert all(tensor.dtype == found[0][name].dtype for name, tensor in found[1].items())
+    assert not equal(*found)
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=0.2, atol=0.1)

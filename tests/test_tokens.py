@@ -12,7 +12,7 @@ from dmoe.errors import UserError
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import SmallConv
 from dmoe.run_folder import Stage
-from dmoe.tokens import TokenStore, build_store
+from dmoe.tokens import Storage, TokenStore, build_store
 
 IMAGES, BATCH, WIDTH, LOST_AT_MOST = 300, 4, 8, 20
 """The last: batches since the last note of how far it got."""
@@ -52,9 +52,10 @@ def pool(stop_after: int = IMAGES) -> CountingPool:
     return CountingPool((SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3)), stop_after)
 
 
-def build(folder: Path, experts: ExpertPool, **inputs: object) -> TokenStore:
+def build(folder: Path, experts: ExpertPool, *, storage: Storage = "float32", **inputs: object) -> TokenStore:
     return build_store(
         Stage(folder, {"seed": 1, **inputs}),
+        storage=storage,
         split=Pictures(),
         pool=experts,
         width=WIDTH,
@@ -182,3 +183,52 @@ def test_file_of_another_shape_is_told_in_one_line(tmp_path: Path) -> None:
         build(tmp_path, fewer)
     assert str(caught.value).startswith(f"{tmp_path / 'tokens.npy'}: holds (300, 1, 3, 8) float32, expected (300, 1, 2, 8)")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("storage", "digits"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_short_storage_rounds_and_halves_the_file(tmp_path: Path, storage: Storage, digits: float) -> None:
+    whole, short = build(tmp_path / "whole", pool()), build(tmp_path / "short", pool(), storage=storage)
+    every = torch.arange(IMAGES)
+    assert short[every].dtype == torch.float32
+    assert not torch.equal(short[every], whole[every])
+    torch.testing.assert_close(short[every], whole[every], rtol=digits, atol=1e-6)
+    sizes = [(tmp_path / name / "tokens.npy").stat().st_size - 128 for name in ("whole", "short")]
+    assert sizes[0] == 2 * sizes[1] == 4 * IMAGES * 3 * WIDTH
+    assert torch.equal(build(tmp_path / "short", pool(0), storage=storage)[every], short[every])
+
+
+def test_tokens_too_large_for_float16_are_told(tmp_path: Path) -> None:
+    experts = pool()
+    for expert in experts.experts:
+        expert[-1].weight.data.mul_(1e8)
+    with pytest.raises(UserError, match=r"^tokens.storage: float16 cannot hold tokens as large as \d.*: use float32$"):
+        build(tmp_path, experts, storage="float16")
+
+
+class SmallMemory(CountingPool):
+    """A GPU that holds two images at a time."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+def test_images_that_do_not_fit_at_once_go_in_halves_and_it_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    small = SmallMemory(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3))
+    found = build(tmp_path / "small", small)[torch.arange(IMAGES)]
+    assert capsys.readouterr().out.count("4 images at a time do not fit") == 1
+    torch.testing.assert_close(found, build(tmp_path / "large", pool())[torch.arange(IMAGES)], rtol=1e-4, atol=1e-6)
+
+
+def test_one_image_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    class NoMemory(CountingPool):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    experts = NoMemory(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3))
+    with pytest.raises(UserError, match=r"^tokens.batch_size: the GPU's memory is too small for one image"):
+        build(tmp_path, experts)

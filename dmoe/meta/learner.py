@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmoe.meta.gradient import GradientMethod, InnerLoss, Params, meta_gradient
+from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, Params, meta_gradient
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
-from dmoe.models.networks import Network
+from dmoe.models.networks import Network, in_layout
 from dmoe.optimizers import ScheduledAdam
+from dmoe.precision import Precision, computing_in, not_coarse
 from dmoe.tasks import Task
 
 
@@ -54,7 +55,7 @@ class Way:
 
     @property
     def layout(self) -> torch.memory_format:
-        """How images best lie in memory on a CPU, see docs/performance.md."""
+        """How images and convolutions best lie in memory on a CPU, see docs/performance.md."""
         return torch.contiguous_format if self.method == "double_backward" else torch.channels_last
 
 
@@ -66,11 +67,7 @@ class ZeroTarget(nn.Module):
 
 
 class MetaLearner:
-    """Student and aggregator, learning from episodes. Both stay in eval mode: batch-norm is affine, dropout is off.
-
-    Attributes:
-        way: how gradients are computed; may be changed from one update to the next.
-    """
+    """Student and aggregator, learning from episodes. Both stay in eval mode: batch-norm is affine, dropout is off."""
 
     def __init__(
         self,
@@ -82,15 +79,27 @@ class MetaLearner:
         inner_steps: int = 1,
         inner_loss: InnerLoss = "mean_square",
         way: Way | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self.student, self.aggregator = student.eval(), aggregator.eval()
         self._task, self._inner_lr, self._inner_steps = task, inner_lr, inner_steps
-        self._inner_loss = inner_loss
+        self._inner_loss, self._precision = inner_loss, precision
         self.way = way or Way()
         self._folding = Folding(student.features)
         self._theta = dict(student.features.named_parameters())
         self._w = dict(student.head.named_parameters())
         self._phi = [p for name, p in aggregator.named_parameters() if not name.startswith("head.")]
+
+    @property
+    def way(self) -> Way:
+        """How gradients are computed; may be changed from one update to the next."""
+        return self._way
+
+    @way.setter
+    def way(self, way: Way) -> None:
+        self._way = way
+        if self.student.head.weight.device.type == "cpu":
+            in_layout(self.student, way.layout)
 
     @property
     def student_parameters(self) -> list[nn.Parameter]:
@@ -106,26 +115,7 @@ class MetaLearner:
         totals = {"query_loss": 0.0, "inner_loss": 0.0}
         for episode in episodes:
             target = self.aggregator(episode.tokens)
-            support, query = episode.support, episode.query
-            if support.device.type == "cpu":
-                support, query = (images.contiguous(memory_format=self.way.layout) for images in (support, query))
-            found = meta_gradient(
-                features=self._folding.features,
-                prepare=self._folding.prepare,
-                head=self._head,
-                loss=self._task.loss,
-                theta=self._theta,
-                w=self._w,
-                target=target,
-                support=support,
-                query=query,
-                labels=episode.labels,
-                inner_lr=self._inner_lr,
-                inner_steps=self._inner_steps,
-                inner_loss=self._inner_loss,
-                method=self.way.method,
-                chunk_size=self.way.chunk_size,
-            )
+            found = self._meta_gradient(episode, target)
             by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()
             for parameter, gradient in zip(
                 [*self._theta.values(), *self._w.values(), *self._phi],
@@ -151,6 +141,31 @@ class MetaLearner:
             values["aggregator_gradient_norm"] = aggregator_adam.step(step)
         return values
 
+    def _meta_gradient(self, episode: EpisodeBatch, target: Tensor) -> MetaGradient:
+        support, query = episode.support, episode.query
+        if support.device.type == "cpu":
+            support, query = (images.contiguous(memory_format=self.way.layout) for images in (support, query))
+        with computing_in(self._precision, support.device):
+            return meta_gradient(
+                features=self._features,
+                prepare=self._folding.prepare,
+                head=self._head,
+                loss=self._task.loss,
+                theta=self._theta,
+                w=self._w,
+                target=target,
+                support=support,
+                query=query,
+                labels=episode.labels,
+                inner_lr=self._inner_lr,
+                inner_steps=self._inner_steps,
+                inner_loss=self._inner_loss,
+                method=self.way.method,
+                chunk_size=self.way.chunk_size,
+            )
+
+    def _features(self, psi: Params, images: Tensor) -> Tensor:
+        return not_coarse(self._folding.features(psi, images))
+
     def _head(self, w: Params, features: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.student.head, dict(w), (features,))
-        return logits
+        return not_coarse(functional_call(self.student.head, dict(w), (features,)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.models.copying import private_copy
+from dmoe.precision import Precision, computing_in, not_coarse
 
 Mask = Literal["remove", "zero", "none"]
 BatchNormStatistics = Literal["running", "batch"]
@@ -23,7 +24,9 @@ class ExpertPool(nn.Module):
     one batch to the next. The modules that are handed in stay as they are.
     """
 
-    def __init__(self, experts: Iterable[nn.Module], *, batch_norm: BatchNormStatistics = "running") -> None:
+    def __init__(
+        self, experts: Iterable[nn.Module], *, batch_norm: BatchNormStatistics = "running", precision: Precision = "float32"
+    ) -> None:
         """
         Args:
             experts: at least one feature extractor, ``[B, C, H, W] -> [B, D]``, all of one width.
@@ -32,13 +35,13 @@ class ExpertPool(nn.Module):
         self.experts = nn.ModuleList(private_copy(expert) for expert in experts)
         if not self.experts:
             raise ValueError("an expert pool needs at least one expert")
-        self._batch_norm = batch_norm
+        self.batch_norm, self._precision = batch_norm, precision
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
         """Experts are frozen: whatever ``mode``, dropout is off, and batch-norm goes by what was asked for."""
         super().train(False)
-        if self._batch_norm == "batch":
+        if self.batch_norm == "batch":
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.training = True
@@ -50,7 +53,9 @@ class ExpertPool(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([expert(images) for expert in self.experts], dim=1)
+        with computing_in(self._precision, images.device):
+            tokens = torch.stack([expert(images) for expert in self.experts], dim=1)
+        return not_coarse(tokens)
 
 
 def without_own_expert(tokens: Tensor, own: Tensor, *, mask: Mask = "remove") -> Tensor:

@@ -103,6 +103,14 @@ def build_network(
     return Network(features=features, head=nn.Linear(_feature_width(features, image_shape), num_outputs))
 
 
+def in_layout(network: Network, layout: torch.memory_format) -> Network:
+    """The network itself, its convolutions laid out in memory as asked for; its numbers change by rounding at most."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return network
+
+
 def _resnet(net: Any, last_relu: bool) -> nn.Module:
     stages = [net.layer1, net.layer2, net.layer3, net.layer4]
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages, net.avgpool, nn.Flatten())

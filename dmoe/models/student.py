@@ -2,14 +2,24 @@
 
 from collections.abc import Mapping
 from itertools import chain
+from typing import Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dmoe.meta.gradient import InnerLoss, adapted_parameters
+from dmoe.meta.gradient import Apply, InnerLoss, Params, adapted_parameters
 from dmoe.models.copying import private_copy, set_parameters
 from dmoe.tasks import Task
+
+
+class InnerSteps(TypedDict, total=False):
+    """How a student is adapted, see :func:`~dmoe.meta.gradient.adapted_parameters`."""
+
+    inner_lr: Required[float]
+    inner_steps: int
+    inner_loss: InnerLoss
 
 
 class Student:
@@ -24,31 +34,27 @@ class Student:
         """The modules are wrapped, not copied and not changed; in-place changes of their tensors show here."""
         self.features, self.head, self.task = private_copy(features), private_copy(head), task
 
-    def adapted(
-        self,
-        images: Tensor,
-        target: Tensor,
-        *,
-        inner_lr: float,
-        inner_steps: int = 1,
-        inner_loss: InnerLoss = "mean_square",
-    ) -> "Student":
+    def adapted(self, images: Tensor, target: Tensor, **inner: Unpack[InnerSteps]) -> "Student":
         """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``.
 
         Raises:
             ValueError: the features of the images have another shape than the target.
         """
         features = private_copy(self.features)  # the new student's own; functional_call swaps tensors inside while it runs
-        buffers = dict(features.named_buffers())
-        parameters = adapted_parameters(
-            lambda theta, x: functional_call(features, (dict(theta), buffers), (x,)),
-            dict(features.named_parameters()),
-            images,
-            target,
-            inner_lr=inner_lr,
-            inner_steps=inner_steps,
-            inner_loss=inner_loss,
-        )
+        parameters = adapted_parameters(_calls(features), dict(features.named_parameters()), images, target, **inner)
+        return self._with(features, parameters)
+
+    def adapted_to_many(self, images: Tensor, targets: Tensor, **inner: Unpack[InnerSteps]) -> list["Student"]:
+        """A student for each of G domains, from images ``[G, B, C, H, W]`` and targets ``[G, B, D]``, in one vectorised pass."""
+        features = private_copy(self.features)
+        call, theta = _calls(features), {name: p.detach() for name, p in features.named_parameters()}
+        with sdpa_kernel(SDPBackend.MATH):
+            found = vmap(lambda x, t: adapted_parameters(call, theta, x, t, **inner))(images, targets)
+        each = [{name: value[number] for name, value in found.items()} for number in range(len(images))]
+        return [self._with(private_copy(self.features), parameters) for parameters in each]
+
+    def _with(self, features: nn.Module, parameters: Mapping[str, Tensor]) -> "Student":
+        """A student around ``features``, which become its own, with other parameters."""
         set_parameters(features, parameters)
         student = Student.__new__(Student)  # what it wraps is private already
         student.features, student.head, student.task = features, self.head, self.task
@@ -70,3 +76,14 @@ class Student:
     def parameters(self) -> Mapping[str, Tensor]:
         """Feature parameters by name."""
         return dict(self.features.named_parameters())
+
+
+def _calls(module: nn.Module) -> Apply:
+    """The module as a function of its parameters and images."""
+    buffers = dict(module.named_buffers())
+
+    def call(theta: Params, images: Tensor) -> Tensor:
+        features: Tensor = functional_call(module, (dict(theta), buffers), (images,))
+        return features
+
+    return call

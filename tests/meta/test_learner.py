@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dmoe.config import Duration, MetaConfig, OptimizerConfig
 from dmoe.data.base import DomainSplit
-from dmoe.meta.learner import EpisodeBatch, MetaLearner, ZeroTarget
+from dmoe.meta.gradient import GradientMethod
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
 from dmoe.meta.training import meta_train
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, Mask, without_own_expert
@@ -222,3 +223,28 @@ def test_a_regression_has_no_query_accuracy() -> None:
     values = learner.add_gradients([EpisodeBatch(one.support, one.tokens, one.query, torch.randn(Q))])
     assert values["query_loss"] > 0
     assert "query_accuracy" not in values
+
+
+@pytest.mark.parametrize("method", get_args(GradientMethod))
+def test_bfloat16_episodes_give_nearly_the_same_gradients_in_float32(method: GradientMethod) -> None:
+    torch.manual_seed(0)
+    network, teacher, one = student().float(), aggregator().float(), episode()
+    one = EpisodeBatch(one.support.float(), one.tokens.float(), one.query.float(), one.labels)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        learner = MetaLearner(student=network, aggregator=teacher, task=TASK, inner_lr=0.3, way=Way(method), precision=precision)
+        found.append(torch.cat([g.flatten() for g in gradients(learner, [one])[1]]))
+    assert found[1].dtype == torch.float32
+    assert 1e-5 < (found[1] - found[0]).norm() / found[0].norm() < 0.05
+
+
+def test_the_way_decides_how_convolutions_lie_in_memory_and_no_number() -> None:
+    network = student()
+    learner, one = learner_of(network, aggregator()), episode()
+    weight = network.features[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    _, before = gradients(learner, [one])
+    learner.way = Way("double_backward")
+    assert network.features[0].weight is weight
+    assert weight.is_contiguous()
+    torch.testing.assert_close(gradients(learner, [one])[1], before)

@@ -102,3 +102,11 @@ def test_the_pool_shares_the_weights_of_its_experts() -> None:
 
 def test_length_is_the_number_of_experts() -> None:
     assert len(ExpertPool(expert() for _ in range(3))) == 3
+
+
+def test_bfloat16_experts_say_nearly_the_same_in_float32() -> None:
+    experts, x = [expert().eval() for _ in range(2)], images()
+    exact, coarse = ExpertPool(experts)(x), ExpertPool(experts, precision="bfloat16")(x)
+    assert coarse.dtype == torch.float32
+    assert not torch.equal(coarse, exact)
+    torch.testing.assert_close(coarse, exact, rtol=0.05, atol=0.05)
