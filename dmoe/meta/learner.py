@@ -35,10 +35,6 @@ class EpisodeBatch:
     def to(self, device: torch.device) -> "EpisodeBatch":
         return EpisodeBatch(*(t.to(device, non_blocking=True) for t in (self.support, self.tokens, self.query, self.labels)))
 
-    def pin_memory(self) -> "EpisodeBatch":
-        """Called by the data loader, where a GPU is there to copy to."""
-        return EpisodeBatch(*(t.pin_memory() for t in (self.support, self.tokens, self.query, self.labels)))
-
 
 class ZeroTarget(nn.Module):
     """A control in the aggregator's place: the target is zero, whatever the tokens ``[B, N, D]`` say."""
