@@ -190,11 +190,15 @@ class MetaConfig(Section):
     aggregator: OptimizerConfig
     restart_optimizers: bool = False
     """Forget Adam's moments at each epoch, as the public code does."""
-    gradient: Literal["forward_over_reverse", "reverse_over_reverse", "double_backward"] = "forward_over_reverse"
-    """Ways to the same exact gradient. The first two keep no graph of the inner steps; the second is for networks with operators
-    that have no forward-mode derivatives; the third keeps the whole graph, which is fastest for small networks."""
+    gradient: Literal["auto", "forward_over_reverse", "reverse_over_reverse", "double_backward"] = "auto"
+    """Ways to the same exact gradient. auto: what fits into memory_gb and, tried on this machine, is fastest. The next two keep no
+    graph of the inner steps; the second of them is for networks with operators that have no forward-mode derivatives; the last
+    keeps the whole graph, which is fastest where it fits."""
     chunk_size: Annotated[int, Field(ge=1)] | None = None
-    """Images of an episode that are differentiated at a time, where no graph is kept; memory grows with it. null: all."""
+    """Images of an episode that are differentiated at a time, where no graph is kept; memory grows with it. null: all, or as auto
+    finds."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """What auto lets an update take beside the networks; null: 80 % of the GPU's memory, or half of the machine's."""
     evaluate_every: Duration = Duration(0.5, "epochs")
 
 

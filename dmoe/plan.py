@@ -14,11 +14,12 @@ from dmoe.config import Duration, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
-from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.meta.learner import EpisodeBatch
 from dmoe.model import build_aggregator
+from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
 from dmoe.randomness import generator
-from dmoe.stages import Run
+from dmoe.stages import Run, gradient_way, meta_learner
 from dmoe.tokens import TOKENS
 
 BYTES_A_NUMBER = 4
@@ -91,7 +92,9 @@ def show(run: Run) -> None:
     if (run.folder.path / "meta" / "manifest.json").exists():
         say("  every stage is finished\n")
         return
-    plan = entries(run, measure(run, expert, student, aggregator))
+    costs = measure(run, expert, student, aggregator)
+    say(f"  meta-gradients by {gradient_way(run, meta_learner(run, aggregator, student))}")
+    plan = entries(run, costs)
     for entry in plan:
         say(f"  {entry.stage:<14}{entry.work:<58}{_duration(entry.seconds) if entry.seconds else 'finished':>12}")
     say(f"  {'in all, about':<72}{_duration(sum(entry.seconds for entry in plan)):>12}\n")
@@ -104,7 +107,7 @@ def token_bytes(run: Run, *, width: int) -> int:
     return images * run.config.experts.count * width * BYTES_A_NUMBER
 
 
-def measure(run: Run, expert: Network, student: Network, aggregator: nn.Module) -> Costs:
+def measure(run: Run, expert: Network, student: Network, aggregator: Aggregator) -> Costs:
     """Time a few batches of each kind of work. Nothing of the run is changed."""
     task, device = run.dataset.task, run.device
     index = torch.randperm(len(run.source), generator=generator("plan"))[:64]
@@ -126,22 +129,14 @@ def measure(run: Run, expert: Network, student: Network, aggregator: nn.Module) 
 
     def aggregate(steps: int) -> None:
         for _ in range(steps):
-            task.loss(aggregator.logits(tokens), many_labels).backward()  # type: ignore[operator]
+            task.loss(aggregator.logits(tokens), many_labels).backward()
 
     def meta(count: int) -> None:
         learner.add_gradients([EpisodeBatch(images[:count], tokens[:1].expand(count, -1, -1), images[:count], labels[:count])])
 
-    settings, batch = run.config.meta, run.config.aggregator.training.batch_size
-    learner = MetaLearner(
-        student=student,
-        aggregator=aggregator,  # type: ignore[arg-type]
-        task=task,
-        inner_lr=settings.inner_lr,
-        inner_steps=settings.inner_steps,
-        inner_loss=settings.inner_loss,
-        method=settings.gradient,
-        chunk_size=settings.chunk_size,
-    )
+    batch = run.config.aggregator.training.batch_size
+    learner = meta_learner(run, aggregator, student)
+    learner.way = gradient_way(run, learner).way
     tokens = torch.zeros(batch, run.config.experts.count, expert.width, device=device)
     many_labels = run.source.labels[torch.arange(batch) % len(run.source)].to(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else None

@@ -190,8 +190,9 @@ def _locked(config: dict[str, Any]) -> dict[str, Any]:
     """What may not change between two visits to one folder: all but how it is tested, where data lie and how fast it goes."""
     data = {key: value for key, value in config["data"].items() if key not in ("dir", "workers")}
     experts = {key: value for key, value in config["experts"].items() if key != "threads"}
+    meta = {key: value for key, value in config["meta"].items() if key != "memory_gb"}
     kept = {key: value for key, value in config.items() if key not in ("evaluation", "checkpoint_every")}
-    return {**kept, "data": data, "experts": experts}
+    return {**kept, "data": data, "experts": experts, "meta": meta}
 
 
 def versions() -> dict[str, str]:

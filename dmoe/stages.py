@@ -6,7 +6,7 @@ can also be taken from the checkpoints that the paper's authors published.
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.adaptation import Adapter
-from dmoe.artifacts import digest_of_facts, digest_of_file, load_into, load_tensors, read_json, save_tensors, under_prefix
+from dmoe.artifacts import (
+    digest_of_facts,
+    digest_of_file,
+    load_into,
+    load_tensors,
+    read_json,
+    save_tensors,
+    under_prefix,
+    write_json,
+)
 from dmoe.config import BackboneConfig, Config, EvaluationConfig, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
@@ -25,7 +34,9 @@ from dmoe.data.transforms import random_views
 from dmoe.errors import UserError
 from dmoe.evaluation import Evaluation, Method, evaluate
 from dmoe.loop import Progress, Report, Trainee, tidy
-from dmoe.meta.learner import MetaLearner, ZeroTarget
+from dmoe.memory import memory_budget
+from dmoe.meta.choice import Choice, choose, remember, remembered
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
 from dmoe.meta.training import meta_train
 from dmoe.model import build_adapter, build_aggregator, describe
 from dmoe.models.aggregator import Aggregator
@@ -39,6 +50,10 @@ from dmoe.tokens import TokenStore, build_store, is_stored
 
 OUTPUT_MAP_IMAGES = 8000
 """Source images that the aggregator's output map is fitted on."""
+
+
+GRADIENT_FILE = "gradient.json"
+"""How meta-training computes its gradients, so that it goes on in the same way."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class Run:
         if "experts" in chosen:
             chosen["experts"].pop("threads")
             chosen["groups"] = digest_of_facts({str(domain): expert for domain, expert in self.groups.items()})
+        chosen.get("meta", {}).pop("memory_gb", None)
         return {"seed": self.config.seed, "data": self.dataset.fingerprint, **chosen, **more}
 
     def network(self, backbone: BackboneConfig, *key: Key, to_train: bool) -> Network:
@@ -322,16 +338,11 @@ def meta_train_student(
     def train() -> Progress:
         if isinstance(teacher, Aggregator) and teacher.output_map is not None:
             _fit_output_map(run, tokens["source"], teacher, student)
-        learner = MetaLearner(
-            student=student,
-            aggregator=teacher,
-            task=task,
-            inner_lr=config.inner_lr,
-            inner_steps=config.inner_steps,
-            inner_loss=config.inner_loss,
-            method=config.gradient,
-            chunk_size=config.chunk_size,
-        )
+        learner = meta_learner(run, teacher, student)
+        choice = gradient_way(run, learner)
+        learner.way = choice.way
+        write_json(stage.folder / GRADIENT_FILE, {**asdict(choice), "memory_gb": config.memory_gb})
+        say(f"{stage.name}: gradients by {choice}")
         return meta_train(
             stage=stage,
             learner=learner,
@@ -349,6 +360,62 @@ def meta_train_student(
 
     _finished_or(train, stage, {"student": student, "aggregator": teacher})
     describe(run.folder, run.dataset)
+
+
+def meta_learner(run: Run, teacher: Aggregator | ZeroTarget, student: Network) -> MetaLearner:
+    """Student and aggregator, to learn by the run's inner steps."""
+    config = run.config.meta
+    return MetaLearner(
+        student=student,
+        aggregator=teacher,
+        task=run.dataset.task,
+        inner_lr=config.inner_lr,
+        inner_steps=config.inner_steps,
+        inner_loss=config.inner_loss,
+    )
+
+
+def gradient_way(run: Run, learner: MetaLearner) -> Choice:
+    """How the run's meta-gradients are computed: as configured, as it began, as this machine remembers, or as it finds now.
+
+    Raises:
+        UserError: the student cannot be differentiated twice, or does not fit into memory.
+    """
+    config, device = run.config.meta, run.device
+    if config.gradient != "auto":
+        return Choice(Way(config.gradient, config.chunk_size))
+    if config.chunk_size is not None:
+        return Choice(Way("forward_over_reverse", config.chunk_size))
+    begun = run.folder.path / "meta" / GRADIENT_FILE
+    if begun.is_file() and read_json(begun).get("memory_gb") == config.memory_gb:
+        return Choice.from_facts(read_json(begun))
+    budget = memory_budget(device) if config.memory_gb is None else int(1e9 * config.memory_gb)
+    facts = {
+        "student": run.config.student_backbone.model_dump(),
+        "aggregator": run.config.aggregator.model_dump(mode="json", exclude={"training"}),
+        "images": [*run.dataset.image_shape, config.support_size, config.query_size],
+        "experts": run.config.experts.count,
+        "inner": [config.inner_steps, config.inner_loss, config.mask, config.target],
+        "device": device.type,
+        "budget": budget,
+    }
+    known = remembered(facts)
+    if known is None:
+        known = choose(learner, _any_episode(run, learner), budget=budget)
+        remember(facts, known)
+    return known
+
+
+def _any_episode(run: Run, learner: MetaLearner) -> EpisodeBatch:
+    """Of the run's shapes; the values are random."""
+    config, shape, random = run.config.meta, run.dataset.image_shape, generator("any episode")
+    tokens = run.config.experts.count - (config.mask == "remove")
+    return EpisodeBatch(
+        torch.randn(config.support_size, *shape, generator=random),
+        torch.randn(config.support_size, tokens, learner.student.width, generator=random),
+        torch.randn(config.query_size, *shape, generator=random),
+        torch.zeros(config.query_size, dtype=run.source.labels.dtype),
+    ).to(run.device)
 
 
 def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:

@@ -35,7 +35,7 @@ from torch.func import functional_call
 from dmoe.adaptation import Adapter
 from dmoe.machine import keep_freed_memory
 from dmoe.meta.gradient import GradientMethod, distillation_loss, meta_gradient
-from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import Network, build_network
@@ -149,8 +149,7 @@ def our_meta_step(episode: Episode, *, method: GradientMethod, chunk_size: int |
         aggregator=episode.teacher,
         task=TASK,
         inner_lr=INNER_LR,
-        method=method,
-        chunk_size=chunk_size,
+        way=Way(method, chunk_size),
     )
     adams = [torch.optim.Adam(parameters, lr=1e-6) for parameters in (learner.student_parameters, learner.aggregator_parameters)]
 

@@ -29,7 +29,7 @@ from dmoe.data.transforms import ImageTransform
 from dmoe.errors import UserError
 from dmoe.evaluation import evaluate
 from dmoe.meta.gradient import GradientMethod, distillation_loss
-from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import Network, PooledDenseNet
@@ -278,7 +278,7 @@ def _task(file: Reference) -> Task:
 
 def _learner(file: Reference, method: GradientMethod) -> MetaLearner:
     student, aggregator = _network(file), _aggregator(file)
-    return MetaLearner(student=student, aggregator=aggregator, task=_task(file), inner_lr=file["ilr"].item(), method=method)
+    return MetaLearner(student=student, aggregator=aggregator, task=_task(file), inner_lr=file["ilr"].item(), way=Way(method))
 
 
 def _episode(file: Reference, prefix: str, pool: ExpertPool) -> EpisodeBatch:

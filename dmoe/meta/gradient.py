@@ -2,7 +2,8 @@
 
 Everything is a pure function of tensors. Notation: theta, the student's feature parameters, and w, its head's, are
 dictionaries of tensors; ``features(theta, images)`` gives ``[B, D]`` and ``head(w, features)`` gives ``[B, K]``; the target t
-is ``[S, D]`` for S support images. Source: Zhong et al. 2022, algorithm 1.
+is ``[S, D]`` for S support images. psi stands for ``prepare(theta)``: whatever of the network's work depends on theta alone and not
+on images; without a ``prepare`` it is theta. Source: Zhong et al. 2022, algorithm 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +11,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, jvp
+from torch.func import grad, grad_and_value, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = Mapping[str, Tensor]
 Apply = Callable[[Params, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Prepare = Callable[[Params], dict[str, Tensor]]
 GradientMethod = Literal["forward_over_reverse", "reverse_over_reverse", "double_backward"]
 InnerLoss = Literal["mean_square", "norm"]
 
@@ -55,10 +57,20 @@ def distillation_loss(features: Tensor, target: Tensor, kind: InnerLoss = "mean_
 
 
 def inner_step(
-    features: Apply, theta: Params, images: Tensor, target: Tensor, inner_lr: float, inner_loss: InnerLoss = "mean_square"
+    features: Apply,
+    theta: Params,
+    images: Tensor,
+    target: Tensor,
+    inner_lr: float,
+    inner_loss: InnerLoss = "mean_square",
+    prepare: Prepare = dict,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One gradient step on L_in: the new parameters and the loss before the step."""
-    gradient, loss = grad_and_value(lambda p: distillation_loss(features(p, images), target, inner_loss))(dict(theta))
+
+    def loss_of(p: Params) -> Tensor:
+        return distillation_loss(features(prepare(p), images), target, inner_loss)
+
+    gradient, loss = grad_and_value(loss_of)(dict(theta))
     return {name: value - inner_lr * gradient[name] for name, value in theta.items()}, loss
 
 
@@ -71,11 +83,12 @@ def adapted_parameters(
     inner_lr: float,
     inner_steps: int = 1,
     inner_loss: InnerLoss = "mean_square",
+    prepare: Prepare = dict,
 ) -> dict[str, Tensor]:
     """theta after ``inner_steps`` steps towards ``target``; no graph is kept."""
     adapted = {name: value.detach() for name, value in theta.items()}
     for _ in range(inner_steps):
-        adapted, _ = inner_step(features, adapted, images, target.detach(), inner_lr, inner_loss)
+        adapted, _ = inner_step(features, adapted, images, target.detach(), inner_lr, inner_loss, prepare)
     return adapted
 
 
@@ -95,6 +108,7 @@ def meta_gradient(
     inner_loss: InnerLoss = "mean_square",
     method: GradientMethod = "forward_over_reverse",
     chunk_size: int | None = None,
+    prepare: Prepare = dict,
 ) -> MetaGradient:
     """The outer loss on the query images after adapting to the support images, with its second-order gradients.
 
@@ -109,10 +123,13 @@ def meta_gradient(
         inner_lr: step size of the inner steps.
         inner_steps: how many, at least 1.
         chunk_size: images at a time; None: all at once. ``double_backward`` takes no chunks.
+        prepare: theta to what ``features`` takes in its place, done once for all chunks; must have a forward mode.
     """
     theta = {name: value.detach() for name, value in theta.items()}
     w = {name: value.detach() for name, value in w.items()}
-    episode = _Episode(features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss)
+    episode = _Episode(
+        features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss, prepare
+    )
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has neither a second derivative nor a forward mode
         if method == "double_backward":
             return _double_backward(episode)
@@ -133,114 +150,138 @@ class _Episode(NamedTuple):
     inner_lr: float
     inner_steps: int
     inner_loss: InnerLoss
+    prepare: Prepare
 
 
 Product = Callable[[Apply, Params, Params, Tensor, Tensor, InnerLoss], tuple[Params, Tensor]]
-"""(features, theta, v, images, target, inner loss) to (H v, M v): H is d2 L_in / dtheta2, M is d2 L_in / dt dtheta."""
+"""(features, psi, u, images, target, inner loss) to (H u, M u): H is d2 L_in / dpsi2, M is d2 L_in / dt dpsi."""
 
 
 def _by_products(episode: _Episode, product: Product, chunk_size: int) -> MetaGradient:
     """Back through the inner steps by Hessian-vector products, chunk by chunk.
 
     With theta_0 = theta, theta_{k+1} = theta_k - lr * dL_in/dtheta_k and v_K = dL_out/dtheta_K: v_k = v_{k+1} - lr * H v_{k+1}, and
-    dL_out/dt grows by -lr * M v_{k+1}, both at theta_k.
+    dL_out/dt grows by -lr * M v_{k+1}, both at theta_k. Chunks know psi only. H v by theta is the tangent, along theta's v and
+    dL_in/dpsi's H u, of the pull-back of dL_in/dpsi through ``prepare``, where u is the tangent of psi along v.
     """
-    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind = episode
+    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind, prepare = episode
     chunks = [(images, t, len(images) / len(support)) for images, t in _split(chunk_size, support, target)]
-    path: list[Params] = [theta]
+
+    def pull(p: Params, by_psi: Params) -> dict[str, Tensor]:
+        """The gradient by theta of a function of psi whose gradient by psi is given."""
+        by_theta: dict[str, Tensor] = vjp(prepare, p)[1](by_psi)[0]
+        return by_theta
+
+    path: list[tuple[Params, Params]] = []  # theta_k with dL_in/dpsi there
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
-        gradient, inner_loss = _zeros(theta), target.new_zeros(())
+        psi, inner_loss, inner_gradient = prepare(theta), target.new_zeros(()), _Sum()
         for images, t, share in chunks:
-            part, value = grad_and_value(lambda p, x=images, t=t: distillation_loss(features(p, x), t, kind))(path[-1])
-            _add(gradient, part, share)
+            part, value = grad_and_value(lambda p, x=images, t=t: distillation_loss(features(p, x), t, kind))(psi)
+            inner_gradient.add(part, share)
             inner_loss += share * value
-        path.append({name: value - inner_lr * gradient[name] for name, value in path[-1].items()})
+        path.append((theta, inner_gradient.total))
+        by_theta = pull(theta, inner_gradient.total)
+        theta = {name: value - inner_lr * by_theta[name] for name, value in theta.items()}
         inner_losses.append(inner_loss)
 
     def outer(p: Params, q: Params, images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(q, features(p, images))
         return loss(logits, y), logits
 
-    v, w_gradient, outer_loss, logits = _zeros(theta), _zeros(w), target.new_zeros(()), []
+    psi, outer_loss, logits, by_psi, w_gradient = prepare(theta), target.new_zeros(()), [], _Sum(), _Sum()
     for images, y in _split(chunk_size, query, labels):
         share = len(images) / len(query)
-        (by_theta, by_w), (value, said) = grad_and_value(outer, argnums=(0, 1), has_aux=True)(path[-1], w, images, y)
-        _add(v, by_theta, share)
-        _add(w_gradient, by_w, share)
+        (part, by_w), (value, said) = grad_and_value(outer, argnums=(0, 1), has_aux=True)(psi, w, images, y)
+        by_psi.add(part, share)
+        w_gradient.add(by_w, share)
         outer_loss += share * value
         logits.append(said.detach())
+    v = pull(theta, by_psi.total)
+    del psi, by_psi, theta, by_theta, part
 
     target_gradient = torch.zeros_like(target)
-    for point in reversed(path[:-1]):
-        hessian_v = _zeros(theta)
+    while path:
+        theta, by_psi_there = path.pop()
+        prepared = jvp(prepare, (theta,), (v,))
+        psi, u = prepared[0], prepared[1]
+        hessian_u = _Sum()
         for (images, t, share), rows in zip(chunks, target_gradient.split(chunk_size), strict=True):
-            by_theta, by_target = product(features, point, v, images, t, kind)
-            _add(hessian_v, by_theta, share)
+            part, by_target = product(features, psi, u, images, t, kind)
+            hessian_u.add(part, share)
             rows.sub_(inner_lr * share * by_target)
-        _add(v, hessian_v, -inner_lr)
-    return MetaGradient(outer_loss, inner_losses[0], v, w_gradient, target_gradient, torch.cat(logits))
+        del psi, u, prepared, part
+        hessian_v = jvp(pull, (theta, by_psi_there), (v, hessian_u.total))[1]
+        v = {name: value - inner_lr * hessian_v[name] for name, value in v.items()}
+    return MetaGradient(outer_loss, inner_losses[0], v, w_gradient.total, target_gradient, torch.cat(logits))
 
 
 def _forward_over_reverse(
-    features: Apply, theta: Params, v: Params, images: Tensor, target: Tensor, kind: InnerLoss
+    features: Apply, psi: Params, u: Params, images: Tensor, target: Tensor, kind: InnerLoss
 ) -> tuple[Params, Tensor]:
-    """One forward-mode pass through the reverse pass: H v, and J v, the tangent of the features f. M v is (d2 L_in / dt df) J v."""
+    """One forward-mode pass through the reverse pass: H u, and J u, the tangent of the features f. M u is (d2 L_in / dt df) J u."""
 
     def inner(p: Params) -> tuple[Tensor, Tensor]:
         found = features(p, images)
         return distillation_loss(found, target, kind), found
 
-    def pull(found: Tensor) -> Tensor:
+    def by_target(found: Tensor) -> Tensor:
         """dL_in/dt."""
         gradient: Tensor = grad(lambda t: distillation_loss(found, t, kind))(target)
         return gradient
 
-    passed = jvp(grad(inner, has_aux=True), (dict(theta),), (dict(v),))
-    (_, found), (hessian_v, jacobian_v) = passed[0], passed[1]
-    return hessian_v, jvp(pull, (found,), (jacobian_v,))[1]
+    passed = jvp(grad(inner, has_aux=True), (dict(psi),), (dict(u),))
+    (_, found), (hessian_u, jacobian_u) = passed[0], passed[1]
+    return hessian_u, jvp(by_target, (found,), (jacobian_u,))[1]
 
 
 def _reverse_over_reverse(
-    features: Apply, theta: Params, v: Params, images: Tensor, target: Tensor, kind: InnerLoss
+    features: Apply, psi: Params, u: Params, images: Tensor, target: Tensor, kind: InnerLoss
 ) -> tuple[Params, Tensor]:
-    """The gradient of <dL_in/dtheta, v> by theta and by t."""
-    leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+    """The gradient of <dL_in/dpsi, u> by psi and by t."""
+    leaves = {name: value.clone().requires_grad_() for name, value in psi.items()}
     t = target.clone().requires_grad_()
     inner_loss = distillation_loss(features(leaves, images), t, kind)
     gradients = torch.autograd.grad(inner_loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-    along = torch.stack([(g * v[name]).sum() for name, g in zip(leaves, gradients, strict=True)]).sum()
-    *hessian_v, mixed_v = torch.autograd.grad(along, [*leaves.values(), t], materialize_grads=True)
-    return dict(zip(leaves, hessian_v, strict=True)), mixed_v
+    along = torch.stack([(g * u[name]).sum() for name, g in zip(leaves, gradients, strict=True)]).sum()
+    *hessian_u, mixed_u = torch.autograd.grad(along, [*leaves.values(), t], materialize_grads=True)
+    return dict(zip(leaves, hessian_u, strict=True)), mixed_u
 
 
 def _split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
-def _zeros(like: Params) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in like.items()}
+class _Sum:
+    """A weighted sum of dictionaries of tensors."""
 
+    total: dict[str, Tensor]
 
-def _add(total: dict[str, Tensor], part: Params, share: float) -> None:
-    for name, value in total.items():
-        value.add_(part[name], alpha=share)
+    def __init__(self) -> None:
+        self.total = {}
+
+    def add(self, part: Params, share: float) -> None:
+        if not self.total:
+            self.total = {name: value if share == 1 else share * value for name, value in part.items()}
+            return
+        for name, value in self.total.items():
+            value.add_(part[name], alpha=share)
 
 
 def _double_backward(episode: _Episode) -> MetaGradient:
     """The whole episode as one graph, differentiated by autograd."""
-    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind = episode
+    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind, prepare = episode
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     head_leaves = {name: value.clone().requires_grad_() for name, value in w.items()}
     t = target.clone().requires_grad_()
     point: dict[str, Tensor] = leaves
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
-        inner_loss = distillation_loss(features(point, support), t, kind)
+        inner_loss = distillation_loss(features(prepare(point), support), t, kind)
         gradients = torch.autograd.grad(inner_loss, list(point.values()), create_graph=True, materialize_grads=True)
         point = {name: value - inner_lr * g for (name, value), g in zip(point.items(), gradients, strict=True)}
         inner_losses.append(inner_loss.detach())
-    logits = head(head_leaves, features(point, query))
+    logits = head(head_leaves, features(prepare(point), query))
     outer_loss = loss(logits, labels)
     wanted = [*leaves.values(), *head_leaves.values(), t]
     *found, dt = torch.autograd.grad(outer_loss, wanted, materialize_grads=True)

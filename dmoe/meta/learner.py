@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from dmoe.meta.gradient import GradientMethod, InnerLoss, Params, meta_gradient
 from dmoe.models.aggregator import Aggregator
+from dmoe.models.folding import Folding
 from dmoe.models.networks import Network
 from dmoe.optimizers import ScheduledAdam
 from dmoe.tasks import Task
@@ -36,6 +37,23 @@ class EpisodeBatch:
         return EpisodeBatch(*(t.to(device, non_blocking=True) for t in (self.support, self.tokens, self.query, self.labels)))
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the meta-gradient is computed, see :func:`~dmoe.meta.gradient.meta_gradient`; all ways give the same numbers to rounding.
+
+    Attributes:
+        chunk_size: images at a time; None: all at once.
+    """
+
+    method: GradientMethod = "forward_over_reverse"
+    chunk_size: int | None = None
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """How images best lie in memory on a CPU, see docs/performance.md."""
+        return torch.contiguous_format if self.method == "double_backward" else torch.channels_last
+
+
 class ZeroTarget(nn.Module):
     """A control in the aggregator's place: the target is zero, whatever the tokens ``[B, N, D]`` say."""
 
@@ -44,7 +62,11 @@ class ZeroTarget(nn.Module):
 
 
 class MetaLearner:
-    """Student and aggregator, learning from episodes. Both stay in eval mode: batch-norm is affine, dropout is off."""
+    """Student and aggregator, learning from episodes. Both stay in eval mode: batch-norm is affine, dropout is off.
+
+    Attributes:
+        way: how gradients are computed; may be changed from one update to the next.
+    """
 
     def __init__(
         self,
@@ -55,15 +77,15 @@ class MetaLearner:
         inner_lr: float,
         inner_steps: int = 1,
         inner_loss: InnerLoss = "mean_square",
-        method: GradientMethod = "forward_over_reverse",
-        chunk_size: int | None = None,
+        way: Way | None = None,
     ) -> None:
         self.student, self.aggregator = student.eval(), aggregator.eval()
         self._task, self._inner_lr, self._inner_steps = task, inner_lr, inner_steps
-        self._inner_loss, self._method, self._chunk_size = inner_loss, method, chunk_size
+        self._inner_loss = inner_loss
+        self.way = way or Way()
+        self._folding = Folding(student.features)
         self._theta = dict(student.features.named_parameters())
         self._w = dict(student.head.named_parameters())
-        self._buffers = dict(student.features.named_buffers())
         self._phi = [p for name, p in aggregator.named_parameters() if not name.startswith("head.")]
 
     @property
@@ -80,21 +102,25 @@ class MetaLearner:
         totals = {"query_loss": 0.0, "inner_loss": 0.0}
         for episode in episodes:
             target = self.aggregator(episode.tokens)
+            support, query = episode.support, episode.query
+            if support.device.type == "cpu":
+                support, query = (images.contiguous(memory_format=self.way.layout) for images in (support, query))
             found = meta_gradient(
-                features=self._features,
+                features=self._folding.features,
+                prepare=self._folding.prepare,
                 head=self._head,
                 loss=self._task.loss,
                 theta=self._theta,
                 w=self._w,
                 target=target,
-                support=episode.support,
-                query=episode.query,
+                support=support,
+                query=query,
                 labels=episode.labels,
                 inner_lr=self._inner_lr,
                 inner_steps=self._inner_steps,
                 inner_loss=self._inner_loss,
-                method=self._method,
-                chunk_size=self._chunk_size,
+                method=self.way.method,
+                chunk_size=self.way.chunk_size,
             )
             by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()
             for parameter, gradient in zip(
@@ -120,10 +146,6 @@ class MetaLearner:
         if aggregator_adam is not None:
             values["aggregator_gradient_norm"] = aggregator_adam.step(step)
         return values
-
-    def _features(self, theta: Params, images: Tensor) -> Tensor:
-        features: Tensor = functional_call(self.student.features, (dict(theta), self._buffers), (images,))
-        return features
 
     def _head(self, w: Params, features: Tensor) -> Tensor:
         logits: Tensor = functional_call(self.student.head, dict(w), (features,))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, adapted_parameters, inner_step, meta_gradient
-from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.aggregator import Aggregator
+from dmoe.models.folding import Folding
 from dmoe.models.networks import Network, build_network
 from dmoe.tasks import Task
 
@@ -68,9 +69,12 @@ class Problem:
     def head(self, w: Mapping[str, Tensor], features: Tensor) -> Tensor:
         return F.linear(features, w["weight"], w["bias"])
 
-    def gradient(self, method: GradientMethod, inner_steps: int, chunk_size: int | None = None) -> MetaGradient:
+    def gradient(
+        self, method: GradientMethod, inner_steps: int, chunk_size: int | None = None, folding: Folding | None = None
+    ) -> MetaGradient:
         return meta_gradient(
-            features=self.features,
+            features=folding.features if folding else self.features,
+            prepare=folding.prepare if folding else dict,
             head=self.head,
             loss=F.cross_entropy,
             theta=self.theta,
@@ -173,6 +177,24 @@ def test_all_methods_agree_to_rounding_whatever_the_chunks(
     assert distance(one.target, other.target) < 1e-12
 
 
+@pytest.mark.parametrize("inner_loss", get_args(InnerLoss))
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_work_on_parameters_alone_can_be_done_beforehand(
+    inner_steps: int, method: GradientMethod, chunk_size: int | None, inner_loss: InnerLoss
+) -> None:
+    problem = Problem(inner_loss)
+    folding = Folding(problem.network.features)
+    assert folding.pairs == 2
+    one, other = problem.gradient(method, inner_steps, chunk_size, folding), problem.gradient("double_backward", inner_steps)
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-12, atol=1e-13)
+    assert list(one.theta) == list(other.theta)
+    assert distance(flat(one.theta), flat(other.theta)) < 1e-11
+    assert distance(flat(one.w), flat(other.w)) < 1e-12
+    assert distance(one.target, other.target) < 1e-11
+
+
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_a_first_order_shortcut_would_be_far_off(problem: Problem, inner_steps: int) -> None:
     """What these tests can tell apart: the gradient at the adapted parameters is not the one at the initial ones."""
@@ -212,7 +234,7 @@ def test_an_inner_step_goes_down_the_inner_loss(problem: Problem) -> None:
 def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: GradientMethod, inner_steps: int) -> None:
     aggregator = Aggregator(width=D, num_outputs=K, depth=2, heads=2, dropout=0.1, output_map=True).double()
     tokens = torch.randn(S, 3, D, dtype=torch.float64)
-    settings: dict[str, Any] = {"inner_lr": INNER_LR, "inner_steps": inner_steps, "method": method}
+    settings: dict[str, Any] = {"inner_lr": INNER_LR, "inner_steps": inner_steps, "way": Way(method)}
     learner = MetaLearner(student=problem.network, aggregator=aggregator, task=Task("multiclass", num_outputs=K), **settings)
     learner.add_gradients([EpisodeBatch(problem.support, tokens, problem.query, problem.labels)])
     phi = learner.aggregator_parameters
@@ -238,7 +260,7 @@ def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: Gradient
 def test_students_with_attention_can_be_meta_trained(method: GradientMethod) -> None:
     student = build_network("timm:test_vit", image_shape=(3, 32, 32), num_outputs=3).double().eval()
     aggregator = Aggregator(width=student.width, num_outputs=3, depth=1, heads=4, dropout=0.1).double()
-    learner = MetaLearner(student=student, aggregator=aggregator, task=Task("multiclass", 3), inner_lr=0.1, method=method)
+    learner = MetaLearner(student=student, aggregator=aggregator, task=Task("multiclass", 3), inner_lr=0.1, way=Way(method))
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     tokens = torch.randn(3, 2, student.width, dtype=torch.float64)
     learner.add_gradients([EpisodeBatch(images[:3], tokens, images[3:], torch.tensor([0, 1, 2]))])
