@@ -2,27 +2,30 @@
 
     python scripts/benchmark_loading.py --dataset iwildcam --data_dir data --processes 0 2
 
-Both read the same files in the same order, in turn, several times over; what is told is the median and the range of images a
-second, and the ratio to the bare loop. "delivered" images are bytes that have reached the training process, which is all of the
-work where a GPU makes floats of them; "ready" ones are standardised floats, made on a core that reading then lacks. The time of
-starting the processes does not count. 0 processes: in the main process alone.
+All read the same files in the same order, in turn, several times over; what is told is the median and the range of images a
+second, the CPU time of an image in all processes together, and the ratio of each to the bare loop's. The bare loop opens, decodes,
+converts and resizes, and throws the pictures away where they are. "delivered" images are bytes that have reached the training
+process, which is all of the work where a GPU makes floats of them; "ready" ones are standardised floats, made on a core that
+reading then lacks. The time of starting the processes counts as CPU time only. 0 processes: in the main process alone. Where
+other programs run on the machine, the ratio of CPU times is the one to trust.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dmoe.config import CONFIG_FOLDER, load_config
 from dmoe.data.files import ImageFiles
@@ -66,46 +69,58 @@ def main() -> None:
         f"{options.dataset}, {len(order)} images to {height}x{width}, batches of {options.batch_size}, median of {options.repeats}"
     )
     for processes in options.processes:
-        rates: dict[str, list[float]] = {"delivered": [], "ready": [], "bare loop": []}
-        for _ in range(options.repeats + 1):
-            rates["delivered"].append(rate(stream(partial(_pixels, split, batches), start=0, stop=len(batches), workers=processes)))
-            rates["ready"].append(rate(stored_images(split, batches, workers=processes)))
-            rates["bare loop"].append(sum(map(len, files[1:])) / decode(files, (width, height), processes))
-        found = {name: values[1:] for name, values in rates.items()}  # the first of each warms the disk up
-        bare = statistics.median(found["bare loop"])
-        for name, values in found.items():
-            ratio = statistics.median(values) / bare
-            print(f"  {processes} processes, {name:<10}{_told(values):>28} images a second, ratio {ratio:.2f}")
-        rows.append({"processes": processes, **found})
+        make = partial(_pixels, split, batches)
+        sides: dict[str, Callable[[], Iterator[Any]]] = {
+            "bare loop": partial(bare, files, (width, height), processes),
+            "delivered": partial(stream, make, start=0, stop=len(batches), workers=processes),
+            "ready": partial(stored_images, split, batches, workers=processes),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for repeat in range(options.repeats + 1):
+            for name in sorted(sides, reverse=repeat % 2 == 1):  # whoever comes later finds a warmer machine
+                cost = measure(sides[name], len(order), options.batch_size)
+                if repeat:  # the first time warms the disk up
+                    found[name].append(cost)
+        rates, milliseconds = ({name: [each[k] for each in costs] for name, costs in found.items()} for k in (0, 1))
+        for name in sides:
+            fast = statistics.median(rates[name]) / statistics.median(rates["bare loop"])
+            cheap = statistics.median(milliseconds["bare loop"]) / statistics.median(milliseconds[name])
+            told = f"{_told(rates[name]):>24} images a second, ratio {fast:.2f}"
+            print(f"  {processes} processes, {name:<10}{told};  {_told(milliseconds[name], 3):>22} ms of CPU, ratio {cheap:.2f}")
+        rows.append({"processes": processes, "images_a_second": rates, "cpu_milliseconds": milliseconds})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def rate(batches: Iterator[Tensor]) -> float:
-    """Images a second after the first batch, by which time every process has begun."""
+def measure(begin: Callable[[], Iterator[Any]], images: int, batch_size: int) -> tuple[float, float]:
+    """Images a second after the first batch, by which time every process has begun; milliseconds of CPU an image, of all."""
+    cpu_began = _cpu_seconds()
+    batches = begin()
     next(batches)
     began = time.perf_counter()
-    count = sum(len(batch) for batch in batches)
-    return count / (time.perf_counter() - began)
+    for _ in batches:
+        pass
+    seconds = time.perf_counter() - began
+    return (images - batch_size) / seconds, 1000 * (_cpu_seconds() - cpu_began) / images
 
 
-def decode(files: Sequence[Sequence[str]], size: tuple[int, int], processes: int) -> float:
-    """Seconds that decoding and resizing take by themselves, after the first batch; the pictures are thrown away."""
+def _cpu_seconds() -> float:
+    """Of this process and of all that it has started and that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def bare(files: Sequence[Sequence[str]], size: tuple[int, int], processes: int) -> Iterator[None]:
+    """Decoding and resizing by themselves, batch by batch; the pictures are thrown away."""
     if processes == 0:
-        done = (decode_some(part, size) for part in files)
-        next(done)
-        began = time.perf_counter()
-        list(done)
-        return time.perf_counter() - began
+        for part in files:
+            yield decode_some(part, size)
+        return
     with ProcessPoolExecutor(processes) as pool:
-        results = pool.map(decode_some, files, [size] * len(files))
-        next(results)
-        began = time.perf_counter()
-        list(results)
-        return time.perf_counter() - began
+        yield from pool.map(decode_some, files, [size] * len(files))
 
 
-def _pixels(split: ImageFiles, batches: Sequence[Tensor], number: int) -> Tensor:
+def _pixels(split: ImageFiles, batches: Sequence[torch.Tensor], number: int) -> torch.Tensor:
     return split.pixels(batches[number])
 
 
@@ -117,8 +132,8 @@ def decode_some(paths: Sequence[str], size: tuple[int, int]) -> None:
                 rgb.resize(size, Image.Resampling.BILINEAR)
 
 
-def _told(rates: Sequence[float]) -> str:
-    return f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+def _told(values: Sequence[float], digits: int = 0) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

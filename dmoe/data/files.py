@@ -1,6 +1,6 @@
 """Images that lie in files, read each time they are asked for."""
 
-import math
+import io
 import os
 import zipfile
 import zlib
@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from dmoe.data.base import DomainSplit
+from dmoe.data.readers import empty
 from dmoe.data.streams import stream
-from dmoe.data.transforms import TURNS, Augmentation, ImageTransform, random_crop, random_views, turned
+from dmoe.data.transforms import TURNS, Augmentation, ImageTransform, random_crop, random_views, turn
 from dmoe.errors import UserError
 
 SCANNED_AT_ONCE = 64
@@ -55,7 +55,7 @@ class ImageFiles(DomainSplit):
             paths: below ``root``, one an image.
             augmentation: of fresh draws. ``turns`` are stored views too, all eight.
         """
-        self._root, self._transform, self._augmentation = root, transform, augmentation
+        self._root, self._transform, self._augmentation = os.fsencode(root), transform, augmentation
         # One array of bytes: worker processes share it, where a list of strings would be copied to each, bit by bit.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels, self.domains, self.domain_names = labels, domains, domain_names
@@ -69,8 +69,11 @@ class ImageFiles(DomainSplit):
 
     def path(self, number: int) -> Path:
         """The file of an image."""
+        return Path(os.fsdecode(self._name(number)))
+
+    def _name(self, number: int) -> bytes:
         below: bytes = self._paths[number]
-        return self._root / os.fsdecode(below)
+        return os.path.join(self._root, below)  # noqa: PTH118 - a Path would take as long as a tenth of a small picture
 
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self.finish(self.pixels(index, view=view, draw=draw))
@@ -81,48 +84,41 @@ class ImageFiles(DomainSplit):
             view = random_views(len(index), TURNS, draw)
         crop = draw if self._augmentation == "crops" else None
         channels, height, width = self._transform.image_shape
-        batch = _empty((len(index), height, width, channels), torch.float32 if self._transform.takes_bands else torch.uint8)
+        batch = empty((len(index), height, width, channels), torch.float32 if self._transform.takes_bands else torch.uint8)
         for place, number in zip(batch.numpy(), index.tolist(), strict=True):
-            place[:] = read_pixels(self.path(number), self._transform, draw=crop, slot=number)
-        return turned(batch, view) if view is not None and self.views > 1 else batch
+            place[:] = read_pixels(self._name(number), self._transform, draw=crop, slot=number)
+        if view is not None and self.views > 1:
+            turn(batch, view)
+        return batch
 
     def finish(self, pixels: Tensor) -> Tensor:
         return self._transform.finish(pixels)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """In a process that reads ahead, the tensor lies where the other process will find it, and is not copied there."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    strides = torch.empty(shape, device="meta").stride()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
-
-
-def read_pixels(path: Path, transform: ImageTransform, *, draw: int | None = None, slot: int = 0) -> np.ndarray:
+def read_pixels(path: Path | bytes, transform: ImageTransform, *, draw: int | None = None, slot: int = 0) -> np.ndarray:
     """The pixels of a file, see :meth:`ImageTransform.pixels`; cropped at random by ``draw`` and ``slot``, where there is one.
 
     Raises:
         UserError: there is no such file, or it is not a whole picture of the right kind.
     """
     try:
-        if path.suffix == ".npz":
-            with open(path, "rb") as file:
-                archive = np.load(file, allow_pickle=False)
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise ValueError("is one array, not an archive of them")
-                return transform.pixels(archive["x"])
-        with Image.open(path) as picture:
-            if draw is None:
-                return transform.pixels(picture)
-            return transform.pixels(random_crop(picture, transform.image_shape[1:], draw, slot))
+        with open(path, "rb", buffering=0) as file:
+            content = io.BytesIO(file.read())  # in one go: Pillow would read a little at a time
+        if os.fsencode(path).endswith(b".npz"):
+            archive = np.load(content, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("is one array, not an archive of them")
+            return transform.pixels(archive["x"])
+        picture: Image.Image = Image.open(content)
+        if draw is not None:
+            picture = random_crop(picture, transform.image_shape[1:], draw, slot)
+        return transform.pixels(picture)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image; data.skip_unreadable=true leaves such images out") from None
+        raise UserError(f"{os.fsdecode(path)}: no such image; data.skip_unreadable=true leaves such images out") from None
     except _UNREADABLE as error:
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{path}: cannot be read as an image: {why}; mend or delete it, or let data.skip_unreadable=true leave it out"
-        ) from None
+        told = "it is of no known kind" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())[:200]
+        why = f"cannot be read as an image: {told or type(error).__name__}"
+        raise UserError(f"{os.fsdecode(path)}: {why}; mend or delete it, or let data.skip_unreadable=true leave it out") from None
 
 
 def missing(root: Path, paths: Sequence[str]) -> list[int]:

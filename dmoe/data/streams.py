@@ -5,10 +5,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dmoe.data.base import DomainSplit
-from dmoe.errors import UserError
+from dmoe.data.readers import read_ahead
 from dmoe.randomness import Key, generator, seed_of
 
 Batch = TypeVar("Batch")
@@ -31,34 +30,15 @@ class EpochOrder:
         return self._order[within * self.batch_size : (within + 1) * self.batch_size]
 
 
-class _StepBatches(Dataset[Batch | UserError]):
-    def __init__(self, make: Callable[[int], Batch]) -> None:
-        self._make = make
-
-    def __getitem__(self, step: int) -> Batch | UserError:
-        try:
-            return self._make(step)
-        except UserError as error:  # raised in a worker it would come with a page of traceback
-            return error
-
-
 def stream(make: Callable[[int], Batch], *, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
     """The batches ``make(start) .. make(stop - 1)`` in order, made ahead by ``workers`` processes if there are any.
 
     Raises:
-        UserError: one of ``make``, whichever process it ran in.
+        UserError: one of ``make``, whichever process it ran in, or a process was ended from outside.
     """
-    loader: DataLoader[Batch | UserError] = DataLoader(
-        _StepBatches(make),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=min(workers, stop - start),
-        pin_memory=torch.cuda.is_available(),
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    steps = range(start, stop)
+    processes = min(workers, len(steps))
+    return read_ahead(make, steps, processes=processes) if processes else map(make, steps)
 
 
 def stored_images(

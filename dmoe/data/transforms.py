@@ -18,6 +18,8 @@ Augmentation = Literal["none", "turns", "crops"]
 """none. turns: the eight rotations by 90 degrees and mirrorings. crops: random crop, mirroring, colours and grey, as DomainBed."""
 
 TURNS = 8
+AT_ONCE = 1 << 17
+"""Numbers that a CPU standardises at a time."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,18 @@ class ImageTransform:
             picture = picture.convert(mode)
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(picture).reshape(height, width, channels)
+        return np.frombuffer(picture.tobytes(), dtype=np.uint8).reshape(height, width, channels)
 
     def finish(self, pixels: Tensor) -> Tensor:
         """Pictures made by :meth:`pixels`, ``[B, H, W, C]``, as float32 ``[B, C, H, W]``."""
         if self.takes_bands:
             return pixels.permute(0, 3, 1, 2)
-        # Picture by picture on a CPU: what is worked on stays in its cache.
-        parts = pixels.split(1) if pixels.device.type == "cpu" else [pixels]
         count, height, width, channels = pixels.shape
+        on_cpu = pixels.device.type == "cpu"
         if self.per_image:
             images = torch.empty(count, channels, height * width, device=pixels.device)
-            for rows, part in zip(images.split(len(parts[0])), parts, strict=True):
+            at_once = 1 if on_cpu else max(1, count)
+            for rows, part in zip(images.split(at_once), pixels.split(at_once), strict=True):
                 rows.copy_(part.flatten(1, 2).transpose(1, 2).contiguous()).div_(255)
                 rows.sub_(rows.mean(dim=2, keepdim=True))
                 # By rows first: one sum over all pixels would lose digits. A true deviation is never as small as the residue.
@@ -91,12 +93,18 @@ class ImageTransform:
                 rows.div_(std.where(std > 1e-6, 1.0))
             return images.view(count, channels, height, width)
         # Rows as vectors of width x channels: a vector of three is slow to work with. Channels stay last in memory.
-        images = torch.empty(count, height, width * channels, device=pixels.device)
+        images = torch.empty(count * height, width * channels, device=pixels.device)
+        white = torch.tensor(255.0, device=pixels.device)
         mean, std = (torch.tensor(values, device=pixels.device).expand(channels).repeat(width) for values in (self.mean, self.std))
-        for rows, part in zip(images.split(len(parts[0])), parts, strict=True):
-            rows.copy_(part.flatten(2)).div_(255)
-            if self.mean != (0.0,) or self.std != (1.0,):
-                rows.sub_(mean).div_(std)
+        standardises, minus_mean = self.mean != (0.0,) or self.std != (1.0,), -mean
+        # A few pictures at a time on a CPU: what is worked on stays in its cache.
+        at_once = height * max(1, AT_ONCE // (height * width * channels) if on_cpu else count)
+        for rows, part in zip(images.split(at_once), pixels.reshape(images.shape).split(at_once), strict=True):
+            rows.copy_(part)
+            if standardises:
+                torch.addcdiv(minus_mean, rows, white, out=rows).div_(std)  # rows / 255 - mean, in one go
+            else:
+                rows.div_(white)
         return images.view(count, height, width, channels).permute(0, 3, 1, 2)
 
     def to_facts(self) -> dict[str, Any]:
@@ -108,16 +116,12 @@ class ImageTransform:
         return cls(**plain)
 
 
-def turned(images: Tensor, view: Tensor) -> Tensor:
-    """Square images ``[B, H, H, C]``, each turned into its own one of eight views ``[B]``: 0 is upright, 4 and up are mirrored."""
-    if not bool(view.any()):
-        return images
-    out = images.clone()
-    for number in view.unique().tolist():
-        chosen = view == number
-        turned_images = torch.rot90(images[chosen], number % 4, dims=(1, 2))
-        out[chosen] = turned_images.flip(2) if number >= 4 else turned_images
-    return out
+def turn(images: Tensor, view: Tensor) -> None:
+    """Turn square images ``[B, H, H, C]``, each into its own one of eight views ``[B]``: 0 is upright, 4 and up are mirrored."""
+    for image, number in zip(images, view.tolist(), strict=True):
+        if number:
+            turned = torch.rot90(image.clone(), number % 4, dims=(0, 1))
+            image.copy_(turned.flip(1) if number >= 4 else turned)
 
 
 def random_views(count: int, views: int, *key: Key) -> Tensor:

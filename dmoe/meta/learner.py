@@ -37,10 +37,6 @@ class EpisodeBatch:
     def to(self, device: torch.device) -> "EpisodeBatch":
         return EpisodeBatch(*(t.to(device, non_blocking=True) for t in (self.support, self.tokens, self.query, self.labels)))
 
-    def pin_memory(self) -> "EpisodeBatch":
-        """Called by the data loader, where a GPU is there to copy to."""
-        return EpisodeBatch(*(t.pin_memory() for t in (self.support, self.tokens, self.query, self.labels)))
-
 
 @dataclass(frozen=True)
 class Way:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from dmoe.data.transforms import TURNS, ImageTransform, random_crop, random_views, turned
+from dmoe.data.transforms import TURNS, ImageTransform, random_crop, random_views, turn
 
 RED_AND_BLUE = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], dtype=np.uint8))
 
@@ -80,6 +81,12 @@ def test_pixels_of_32_bits_are_refused(value: int) -> None:
 def test_pixels_of_32_bits_that_hold_16_are_read_as_those() -> None:
     pixels = ImageTransform((1, 2, 2)).pixels(Image.fromarray(np.full((2, 2), 100 * 256, dtype=np.int32)))
     assert (pixels == 100).all()
+
+
+def turned(images: Tensor, view: Tensor) -> Tensor:
+    images = images.clone()
+    turn(images, view)
+    return images
 
 
 def test_turning_four_times_by_a_quarter_and_mirroring_twice_brings_back_the_image() -> None:

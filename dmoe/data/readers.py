@@ -1,0 +1,234 @@
+"""Batches made ahead by other processes, in memory that is shared with them.
+
+A reader has a few slots of memory for as long as it lives. It makes a batch in one of them, and through its pipe goes no more
+than a note of where the tensors lie. A slot is used again once nobody holds a tensor in it: nothing is copied on the way, and
+the system need not hand out fresh pages for every batch, which would cost more than all the rest. The memory has no name, so
+nothing is left behind however a process ends.
+"""
+
+import io
+import math
+import mmap
+import os
+import pickle
+import signal
+import sys
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmoe.errors import UserError
+
+Batch = TypeVar("Batch")
+Place = tuple[int, torch.dtype, tuple[int, ...]]
+"""Of a tensor in a slot: first byte, type, shape."""
+
+SLOTS = 3
+"""A batch that is in use, one that is ready and one that is being made, for each reader."""
+SLOT_BYTES = 4 << 30
+"""Addresses, not memory: of a slot so much is taken as its largest batch needs."""
+ALIGNMENT = 64
+SECONDS_BETWEEN_LOOKS = 2.0
+"""After which a reader that has nothing to do looks whether anybody is left to ask."""
+
+# Python knows the name from 3.12 on. Without it a system that counts addresses as memory would refuse.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+class _Slot:
+    """Shared memory for one batch, filled from its beginning."""
+
+    def __init__(self) -> None:
+        try:
+            shared = mmap.mmap(-1, SLOT_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        except OSError as error:
+            why = f"no addresses for shared memory ({error.strerror})"
+            raise UserError(f"data.workers: {why}: choose fewer, or 0 to read in the process that trains") from None
+        self._bytes = np.frombuffer(shared, dtype=np.uint8)
+        self._tensor = torch.from_numpy(self._bytes)
+        self._used = 0
+
+    def clear(self) -> None:
+        self._used = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return _tensor_at(self._tensor, self._reserve(shape, dtype))
+
+    def place_of(self, tensor: Tensor) -> Place:
+        """Where it lies; a tensor from elsewhere is copied here."""
+        first = tensor.data_ptr() - self._tensor.data_ptr()
+        if 0 <= first < self._used and tensor.is_contiguous():
+            return first, tensor.dtype, tuple(tensor.shape)
+        place = self._reserve(tensor.shape, tensor.dtype)
+        _tensor_at(self._tensor, place).copy_(tensor)
+        return place
+
+    def lend(self, when_returned: Callable[[], object]) -> Tensor:
+        """All bytes of the slot; calls back once no tensor that was made from them is left."""
+        lent = self._bytes[:]
+        weakref.finalize(lent, when_returned).atexit = False
+        return torch.from_numpy(lent)
+
+    def _reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Place:
+        first, size = self._used, math.prod(shape) * dtype.itemsize
+        if first + size > SLOT_BYTES:
+            raise UserError(f"a batch takes more than {SLOT_BYTES >> 30} GiB: make it smaller, or choose data.workers=0")
+        self._used += math.ceil(size / ALIGNMENT) * ALIGNMENT
+        return first, dtype, tuple(shape)
+
+
+def _tensor_at(memory: Tensor, place: Place) -> Tensor:
+    first, dtype, shape = place
+    return memory[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+_filling: _Slot | None = None
+"""In a reader: the slot of the batch that it makes."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor to fill, as ``torch.empty``. In a reader it lies where the other process will find it."""
+    return torch.empty(tuple(shape), dtype=dtype) if _filling is None else _filling.empty(shape, dtype)
+
+
+def read_ahead(make: Callable[[int], Batch], steps: range, *, processes: int) -> Iterator[Batch]:
+    """``make(step)`` for each of the steps, in order, made by ``processes`` readers. Tensors, however nested, may be kept.
+
+    Where there is a GPU they are in pinned memory.
+
+    Raises:
+        UserError: one of ``make``, or a reader was ended from outside, or there is no room for shared memory.
+    """
+    pinned = torch.cuda.is_available()
+    made = _in_turn(make, steps, processes, pinned=pinned)
+    return _one_ahead(made) if pinned else made
+
+
+def _in_turn(make: Callable[[int], Batch], steps: range, processes: int, *, pinned: bool) -> Generator[Batch, None, None]:
+    readers: list[_Reader[Batch]] = []
+    try:
+        for number in range(processes):
+            readers.append(_Reader(make, steps[number::processes], pinned=pinned))
+        for turn in range(len(steps)):
+            for reader in readers:
+                reader.ask()
+            yield readers[turn % processes].receive()
+    finally:
+        for reader in readers:
+            reader.end()
+
+
+class _Reader(Generic[Batch]):
+    """A process that makes the batches of its steps, in order, and this process's end of its pipe."""
+
+    def __init__(self, make: Callable[[int], Batch], steps: range, *, pinned: bool) -> None:
+        self._make, self._steps, self._pinned = make, iter(steps), pinned
+        self._slots = [_Slot() for _ in range(SLOTS)]
+        self._free, self._asked = deque(range(SLOTS)), deque[int]()
+        fork = get_context("fork")  # memory without a name can only be inherited, and so can a function within a function
+        self._pipe, theirs = fork.Pipe()
+        arguments = (make, self._slots, theirs, os.getpid())
+        self._process = fork.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the reader does
+
+    def ask(self) -> None:
+        """Have batches made as far ahead as there are free slots."""
+        while self._free and (step := next(self._steps, None)) is not None:
+            number = self._free.popleft()
+            self._send((step, number))
+            self._asked.append(number)
+
+    def receive(self) -> Batch:
+        """The next batch."""
+        if not self._asked:  # every slot is in use by somebody who keeps batches
+            return self._make(next(self._steps))
+        try:
+            note = self._pipe.recv_bytes()
+        except (EOFError, ConnectionError):
+            raise self._ended() from None
+        number = self._asked.popleft()
+        memory = self._slots[number].lend(lambda: self._free.append(number))
+        batch: Batch | Exception = _Unpickler(io.BytesIO(note), memory, pinned=self._pinned).load()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    def end(self) -> None:
+        self._process.kill()  # it has nothing to put in order
+        self._process.join()
+        self._pipe.close()
+
+    def _send(self, request: tuple[int, int]) -> None:
+        try:
+            self._pipe.send(request)
+        except ConnectionError:
+            raise self._ended() from None
+
+    def _ended(self) -> UserError:
+        self._process.join()
+        code = self._process.exitcode or 0
+        how = f"by signal {-code}" if code < 0 else f"with status {code}"
+        return UserError(f"a process that reads images ended {how}: if memory is short, choose fewer of them by data.workers")
+
+
+def _serve(make: Callable[[int], object], slots: Sequence[_Slot], pipe: "Connection[Any, Any]", parent: int) -> None:
+    """The life of a reader."""
+    global _filling  # noqa: PLW0603
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches readers too; whoever asks them ends them
+    torch.set_num_threads(1)  # those of the other process are not here
+    while True:
+        while not pipe.poll(SECONDS_BETWEEN_LOOKS):
+            if os.getppid() != parent:
+                return
+        step, number = pipe.recv()
+        _filling = slots[number]
+        _filling.clear()
+        note = io.BytesIO()
+        try:
+            _Pickler(note, _filling).dump(make(step))
+        except UserError as error:
+            note = io.BytesIO(pickle.dumps(error))
+        except Exception:
+            note = io.BytesIO(pickle.dumps(RuntimeError(f"in a process that reads images:\n{traceback.format_exc()}")))
+        pipe.send_bytes(note.getbuffer())
+
+
+class _Pickler(pickle.Pickler):
+    """Of tensors it writes where they lie."""
+
+    def __init__(self, file: io.BytesIO, slot: _Slot) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._slot = slot
+
+    def persistent_id(self, thing: object) -> Place | None:
+        return self._slot.place_of(thing) if isinstance(thing, Tensor) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, memory: Tensor, *, pinned: bool) -> None:
+        super().__init__(file)
+        self._memory, self._pinned = memory, pinned
+
+    def persistent_load(self, place: Place) -> Tensor:
+        tensor = _tensor_at(self._memory, place)
+        return tensor.pin_memory() if self._pinned else tensor
+
+
+def _one_ahead(batches: Generator[Batch, None, None]) -> Iterator[Batch]:
+    """The same, each taken by a thread while the one before is in use."""
+    with closing(batches), ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
