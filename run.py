@@ -23,6 +23,7 @@ def main() -> None:
     run = open_run(options, finished=tests_a_run, fresh=not options.resume, claim=not options.dry_run)
 
     from dmoe import plan, stages, testing
+    from dmoe.meta_stage import meta_train_student
     from experts.launch import train_all_experts
 
     if not options.test:
@@ -35,7 +36,7 @@ def main() -> None:
         tokens = stages.make_tokens(run, experts)
         aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
         student = stages.pretrain_student(run, only_load=options.load_pretrained_student)
-        stages.meta_train_student(run, tokens, experts, aggregator, student)
+        meta_train_student(run, tokens, experts, aggregator, student)
     testing.test(run, options.split, published=run.published if options.test else None)
 
 

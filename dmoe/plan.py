@@ -15,11 +15,12 @@ from dmoe.console import say
 from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
 from dmoe.meta.learner import EpisodeBatch
+from dmoe.meta_stage import gradient_way, meta_learner
 from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
 from dmoe.randomness import generator
-from dmoe.stages import Run, gradient_way, meta_learner
+from dmoe.stages import Run
 from dmoe.tokens import TOKENS, bytes_a_number
 
 SECONDS_A_MEASUREMENT = 0.3

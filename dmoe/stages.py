@@ -1,4 +1,4 @@
-"""The stages after the experts: each takes what the earlier ones left in the run folder and leaves its own there.
+"""The stages after the experts, up to meta-training: each takes what the earlier ones left in the run folder, and leaves its own.
 
 A stage that finds its finished result, made from the same inputs, says so and takes it; one that was cut off goes on. A result
 can also be taken from the checkpoints that the paper's authors published.
@@ -6,7 +6,7 @@ can also be taken from the checkpoints that the paper's authors published.
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmoe.adaptation import Adapter
 from dmoe.artifacts import (
     digest_of_facts,
     digest_of_file,
@@ -23,9 +22,8 @@ from dmoe.artifacts import (
     read_json,
     save_tensors,
     under_prefix,
-    write_json,
 )
-from dmoe.config import BackboneConfig, Config, EvaluationConfig, TrainingConfig
+from dmoe.config import BackboneConfig, Config, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
@@ -34,26 +32,15 @@ from dmoe.data.transforms import random_views
 from dmoe.errors import UserError
 from dmoe.evaluation import Evaluation, Method, WithTokens, evaluate_all
 from dmoe.loop import Progress, Report, Trainee, tidy
-from dmoe.memory import memory_budget
-from dmoe.meta.choice import Choice, choose, remember, remembered
-from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
-from dmoe.meta.training import meta_train
-from dmoe.model import build_adapter, build_aggregator, describe
+from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
-from dmoe.models.expert_pool import ExpertPool, without_own_expert
+from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, build_network, in_layout
 from dmoe.published import PublishedFolder, TrainingStage
-from dmoe.randomness import Key, generator, seed_of
+from dmoe.randomness import Key, seed_of
 from dmoe.run_folder import RunFolder, Stage
 from dmoe.supervised import train_supervised
 from dmoe.tokens import TokenStore, build_store, is_stored
-
-OUTPUT_MAP_IMAGES = 8000
-"""Source images that the aggregator's output map is fitted on."""
-
-
-GRADIENT_FILE = "gradient.json"
-"""How meta-training computes its gradients, so that it goes on in the same way."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +296,7 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
     if only_load and run.published is not None and stage.finished() is None:
         run.published.load_aggregator("pretrained", aggregator)
         _take_over(stage, {"model": aggregator}, run.published.aggregator_path("pretrained"))
-    _finished_or(train, stage, {"model": aggregator}, only_load=only_load)
+    finished_or(train, stage, {"model": aggregator}, only_load=only_load)
     return aggregator
 
 
@@ -324,115 +311,11 @@ def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
     if only_load and run.published is not None and stage.finished() is None:
         run.published.load_student("pretrained", student)
         _take_over(stage, {"model": student}, run.published.student_path("pretrained"))
-    _finished_or(train, stage, {"model": student}, only_load=only_load)
+    finished_or(train, stage, {"model": student}, only_load=only_load)
     return student
 
 
-def meta_train_student(
-    run: Run, tokens: Mapping[str, TokenStore], experts: Sequence[Network], aggregator: Aggregator, student: Network
-) -> None:
-    """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens."""
-    config, task = run.config.meta, run.dataset.task
-    made_from = {name: read_json(run.folder.path / name / "manifest.json")["files"] for name in ("aggregator", "student")}
-    made_from["tokens"] = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
-    stage = run.folder.stage("meta", run.facts("experts", "meta", "aggregator", made_from=made_from))
-    teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
-    # Validation is by the experts' running statistics, however the run is tested later.
-    validating = run.config.model_copy(update={"evaluation": EvaluationConfig()})
-    adapter = build_adapter(validating, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)
-
-    def train() -> Progress:
-        if isinstance(teacher, Aggregator) and teacher.output_map is not None:
-            _fit_output_map(run, tokens["source"], teacher, student)
-        learner = meta_learner(run, teacher, student)
-        choice = gradient_way(run, learner)
-        learner.way = choice.way
-        write_json(stage.folder / GRADIENT_FILE, {**asdict(choice), "memory_gb": config.memory_gb})
-        say(f"{stage.name}: gradients by {choice}")
-        return meta_train(
-            stage=stage,
-            learner=learner,
-            split=run.source,
-            tokens=tokens["source"],
-            own_expert=run.own_expert,
-            config=config,
-            # The adapter shares the tensors that are being trained.
-            evaluate=lambda: (
-                run.evaluate(
-                    WithTokens(adapter, lambda index: tokens["validation"][index]),
-                    "validation",
-                    support_size=config.support_size,
-                    score_support=True,
-                ).score
-            ),
-            checkpoint_every=run.config.checkpoint_every,
-            seed=seed_of(run.config.seed, "meta"),
-            device=run.device,
-            workers=run.workers,
-        )
-
-    _finished_or(train, stage, {"student": student, "aggregator": teacher})
-    describe(run.folder, run.dataset)
-
-
-def meta_learner(run: Run, teacher: Aggregator | ZeroTarget, student: Network) -> MetaLearner:
-    """Student and aggregator, to learn by the run's inner steps."""
-    config = run.config.meta
-    return MetaLearner(
-        student=student,
-        aggregator=teacher,
-        task=run.dataset.task,
-        inner_lr=config.inner_lr,
-        inner_steps=config.inner_steps,
-        inner_loss=config.inner_loss,
-        precision=config.precision,
-    )
-
-
-def gradient_way(run: Run, learner: MetaLearner) -> Choice:
-    """How the run's meta-gradients are computed: as configured, as it began, as this machine remembers, or as it finds now.
-
-    Raises:
-        UserError: the student cannot be differentiated twice, or does not fit into memory.
-    """
-    config, device = run.config.meta, run.device
-    if config.gradient != "auto":
-        return Choice(Way(config.gradient, config.chunk_size))
-    if config.chunk_size is not None:
-        return Choice(Way("forward_over_reverse", config.chunk_size))
-    begun = run.folder.path / "meta" / GRADIENT_FILE
-    if begun.is_file() and read_json(begun).get("memory_gb") == config.memory_gb:
-        return Choice.from_facts(read_json(begun))
-    budget = memory_budget(device) if config.memory_gb is None else int(1e9 * config.memory_gb)
-    facts = {
-        "student": run.config.student_backbone.model_dump(),
-        "aggregator": run.config.aggregator.model_dump(mode="json", exclude={"training"}),
-        "images": [*run.dataset.image_shape, config.support_size, config.query_size],
-        "experts": run.config.experts.count,
-        "inner": [config.inner_steps, config.inner_loss, config.mask, config.target, config.precision],
-        "device": device.type,
-        "budget": budget,
-    }
-    known = remembered(facts)
-    if known is None:
-        known = choose(learner, _any_episode(run, learner), budget=budget)
-        remember(facts, known)
-    return known
-
-
-def _any_episode(run: Run, learner: MetaLearner) -> EpisodeBatch:
-    """Of the run's shapes; the values are random."""
-    config, shape, random = run.config.meta, run.dataset.image_shape, generator("any episode")
-    tokens = run.config.experts.count - (config.mask == "remove")
-    return EpisodeBatch(
-        torch.randn(config.support_size, *shape, generator=random),
-        torch.randn(config.support_size, tokens, learner.student.width, generator=random),
-        torch.randn(config.query_size, *shape, generator=random),
-        torch.zeros(config.query_size, dtype=run.source.labels.dtype),
-    ).to(run.device)
-
-
-def _finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
+def finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
     """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
     with stage.alone():
         if load_finished(stage, modules):
@@ -468,17 +351,3 @@ def load_finished(stage: Stage, modules: Mapping[str, nn.Module]) -> bool:
         load_into(module, under_prefix(name, tensors), where=str(stage.weights))
         module.eval()
     return True
-
-
-def _fit_output_map(run: Run, tokens: TokenStore, aggregator: Aggregator, student: Network) -> None:
-    """Start the aggregator's output map from the best affine map of its targets onto the pretrained student's features."""
-    chosen = torch.randperm(len(run.source), generator=generator(run.config.seed, "output map"))[:OUTPUT_MAP_IMAGES]
-    pooled, features = [], []
-    with torch.no_grad():
-        for index in chosen.split(run.config.tokens.batch_size):
-            masked = without_own_expert(tokens[index], run.own_expert[index], mask=run.config.meta.mask)
-            pooled.append(aggregator.pooled(masked.to(run.device)))
-        batches = chosen.split(run.config.tokens.batch_size)
-        for images in stored_images(run.source, batches, workers=run.workers, device=run.device):
-            features.append(student.features(images))
-    aggregator.fit_output_map(torch.cat(pooled), torch.cat(features))

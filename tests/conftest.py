@@ -1,6 +1,7 @@
 """What every test needs."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # plain `pytest
 def one_thread() -> None:
     """Sums in one order, and no more cores than one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine's user has cached is neither read nor added to, by other processes neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
