@@ -27,6 +27,9 @@ CLEARLY = 0.9
 TRIED_IMAGES = 8
 """Of an episode, where all of it would be one graph."""
 
+PATIENCE = 1.0
+"""Where a single image takes longer than so many seconds, less is tried."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -72,6 +75,8 @@ def choose(learner: MetaLearner, episode: EpisodeBatch, *, budget: int) -> Choic
         raise UserError(f"student.backbone: it cannot be differentiated twice ({why}): choose another") from error
     best = None
     if fixed + each * size <= budget:
+        if whole.slow:  # chunks take a quarter more arithmetic, and with large images nothing else decides
+            return Choice(whole.way, (fixed + each * size) / 1e9)
         best = whole.timed(min(size, TRIED_IMAGES), fixed + each * size)
 
     chunked = _Trial(learner, Way("forward_over_reverse"), episode)
@@ -134,6 +139,7 @@ class _Trial:
         self.way = way
         self._learner, self._episode = learner, episode
         self._device = episode.support.device
+        self.slow = False
 
     def memory(self, budget: int) -> tuple[int, int]:
         """Bytes that an update takes in any case, and for each image at a time, with some to spare.
@@ -141,7 +147,10 @@ class _Trial:
         Beyond a few images memory is linear in their number; where a few would be too many already, one and two must do.
         """
         self._run(1)  # what is made once and kept, is made
-        few = (4, 8) if SAFETY * 8 * self._peak(1) <= budget else (1, 2)
+        began = time.perf_counter()
+        one = self._peak(1)
+        self.slow = time.perf_counter() - began > PATIENCE
+        few = (1, 2) if self.slow or SAFETY * 8 * one > budget else (4, 8)
         less, more = (SAFETY * self._peak(count) for count in few)
         each = max(1, int((more - less) / (few[1] - few[0])))
         return max(0, int(more - each * few[1])), each

@@ -85,6 +85,13 @@ def test_memory_of_many_images_is_foretold_from_a_few(student: Network) -> None:
         assert trial._peak(32) <= fixed + 32 * each <= 1.3 * trial._peak(32)
 
 
+def test_with_slow_images_what_fits_as_a_whole_is_taken_untimed(student: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "PATIENCE", 0.0)
+    Clock(monkeypatch, {Way("forward_over_reverse", 4): 0.0})
+    found = choose(learner_of(student), episode_for(student), budget=10**9)
+    assert (found.way, found.seconds) == (Way("double_backward"), 0.0)
+
+
 def test_no_memory_for_one_image_is_told(student: Network) -> None:
     with pytest.raises(UserError, match=r"^meta.memory_gb: one image at a time takes \d+\.\d+ GB, there are 0\.00"):
         choose(learner_of(student), episode_for(student), budget=1000)
