@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
@@ -186,7 +186,7 @@ def test_readers_compute_after_the_other_process_has_used_all_its_threads() -> N
 def test_the_next_batch_is_taken_while_one_is_in_use() -> None:
     taken = []
 
-    def made() -> "readers.Generator[int, None, None]":
+    def made() -> Generator[int, None, None]:
         try:
             for step in range(5):
                 taken.append(step)
