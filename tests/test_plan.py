@@ -279,7 +279,7 @@ def test_plan_is_one_screen_that_names_what_counts(tmp_path: Path, capsys: pytes
 
 def test_plan_says_where_decoded_images_are_kept_and_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_in(tmp_path / "run")
-    assert "decoded" not in shown(run, capsys)
+    assert "decoded images" not in shown(run, capsys)
     transform, paths = ImageTransform((3, 100, 100)), [f"{number}.png" for number in range(1000)]
     decoded = DecodedImages(Keeping(tmp_path / "kept", limit=10**9), root=tmp_path, paths=paths, transform=transform)
     run = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, decoded=decoded))
