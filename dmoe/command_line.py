@@ -106,7 +106,7 @@ def open_run(
     left_out = folder.path / "unreadable.json"
     known = read_json(left_out)["images"] if left_out.exists() else None
     workers = threads if config.data.workers is None else config.data.workers
-    opening = Opening(workers=workers, known_unreadable=known, download=claim)
+    opening = Opening(workers=workers, known_unreadable=known, writes=claim)
     dataset = load_dataset(config.dataset, config.data, opening)
     if config.data.workers is None and dataset.in_memory:
         workers = 0

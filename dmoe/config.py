@@ -109,6 +109,11 @@ class DataConfig(Section):
     """Edge that images are resized to, in pixels; null: the data set's own, for folders 224."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that read images ahead; 0: none; null: as many as CPU threads where images lie in files."""
+    decoded_gb: Annotated[float, Field(ge=0)] | None = None
+    """Disk for images as they were decoded, so that each is decoded once and not in every epoch of every stage; 0: none; null: half
+    of the machine's memory, from where they are then read. Only crops are always made from the files."""
+    decoded_dir: Path | None = None
+    """Where they are kept, for all runs that read the same files; null: .decoded beside the data. May be deleted at any time."""
     skip_unreadable: bool = False
     """Read every image once at the start, and leave out those that cannot be read; false: the first such image is an error."""
     fold: Literal["A", "B", "C", "D", "E"] = "A"

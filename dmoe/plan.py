@@ -81,6 +81,10 @@ def show(run: Run) -> None:
         f"  {count} experts {backbone}, {_millions(expert)} parameters each; aggregator {_millions(aggregator)}; "
         f"student {student_name}, {_millions(student)}; features {expert.width} wide"
     )
+    if run.dataset.decoded is not None:
+        decoded = run.dataset.decoded
+        most, kept = _size(decoded.bytes_at_most), _size(decoded.bytes_there)
+        say(f"  decoded images are kept in {decoded.path.parent}, up to {most}; {kept} are there (data.decoded_gb)")
     needed, free = token_bytes(run, width=expert.width), _free(run.folder.path)
     there = (run.folder.path / "tokens" / "source" / TOKENS).exists()
     say(f"  tokens take {_size(needed)}{' (already there)' if there else ''}; {_size(free)} are free on that disk")

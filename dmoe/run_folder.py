@@ -188,7 +188,7 @@ class RunFolder:
 
 def _locked(config: dict[str, Any]) -> dict[str, Any]:
     """What may not change between two visits to one folder: all but how it is tested, where data lie and how fast it goes."""
-    data = {key: value for key, value in config["data"].items() if key not in ("dir", "workers")}
+    data = {key: value for key, value in config["data"].items() if key not in ("dir", "workers", "decoded_gb", "decoded_dir")}
     experts = {key: value for key, value in config["experts"].items() if key != "threads"}
     meta = {key: value for key, value in config["meta"].items() if key != "memory_gb"}
     kept = {key: value for key, value in config.items() if key not in ("evaluation", "checkpoint_every")}

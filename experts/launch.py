@@ -121,8 +121,9 @@ def _start(run: Run, number: int, place: str, *, threads: int) -> _Training:
         command += ["--data_dir", str(run.config.data.dir)]
     # What may change from visit to visit is not in the recorded configuration.
     command += [f"checkpoint_every={run.config.checkpoint_every}", f"evaluation.batch_size={run.config.evaluation.batch_size}"]
-    if run.config.data.workers is not None:
-        command.append(f"data.workers={run.config.data.workers}")
+    for field in ("workers", "decoded_gb", "decoded_dir"):
+        if (value := getattr(run.config.data, field)) is not None:
+            command.append(f"data.{field}={value}")
     log = open(log_path, "ab")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return _Training(number, process, log_path, log)

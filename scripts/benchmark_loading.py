@@ -6,8 +6,9 @@ All read the same files in the same order, in turn, several times over; what is 
 second, the CPU time of an image in all processes together, and the ratio of each to the bare loop's. The bare loop opens, decodes,
 converts and resizes, and throws the pictures away where they are. "delivered" images are bytes that have reached the training
 process, which is all of the work where a GPU makes floats of them; "ready" ones are standardised floats, made on a core that
-reading then lacks. The time of starting the processes counts as CPU time only. 0 processes: in the main process alone. Where
-other programs run on the machine, the ratio of CPU times is the one to trust.
+reading then lacks; "stored" ones are bytes that have reached it from where decoded images are kept (data.decoded_gb), files of
+which the system has the content in memory. The time of starting the processes counts as CPU time only. 0 processes: in the main
+process alone. Where other programs run on the machine, the ratio of CPU times is the one to trust.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 import torch
 from PIL import Image
 
-from dmoe.config import CONFIG_FOLDER, load_config
+from dmoe.config import CONFIG_FOLDER, Config, load_config
+from dmoe.data.base import DomainSplit
 from dmoe.data.files import ImageFiles
 from dmoe.data.registry import load_dataset
 from dmoe.data.streams import stored_images, stream
@@ -51,8 +54,15 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     path = CONFIG_FOLDER / f"{options.dataset}.yaml"
     config = load_config(path, options.overrides, data__dir=str(options.data_dir))
-    dataset = load_dataset(config.dataset, config.data)
-    split = dataset.splits["source"]
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, config, Path(folder))
+
+
+def compare(options: argparse.Namespace, config: Config, folder: Path) -> None:
+    """Measure every side and print it; decoded images are kept in ``folder``."""
+    off, on = ({"decoded_gb": gb, "decoded_dir": folder} for gb in (0, 1000))
+    dataset = load_dataset(config.dataset, config.data.model_copy(update=off))
+    split, stored = dataset.splits["source"], load_dataset(config.dataset, config.data.model_copy(update=on)).splits["source"]
     if not isinstance(split, ImageFiles):
         raise UserError(f"--dataset: the images of {options.dataset} do not lie in files")
     torch.set_num_threads(1)
@@ -69,17 +79,18 @@ def main() -> None:
         f"{options.dataset}, {len(order)} images to {height}x{width}, batches of {options.batch_size}, median of {options.repeats}"
     )
     for processes in options.processes:
-        make = partial(_pixels, split, batches)
+        read, recall = partial(_pixels, split, batches), partial(_pixels, stored, batches)
         sides: dict[str, Callable[[], Iterator[Any]]] = {
             "bare loop": partial(bare, files, (width, height), processes),
-            "delivered": partial(stream, make, start=0, stop=len(batches), workers=processes),
+            "delivered": partial(stream, read, start=0, stop=len(batches), workers=processes),
             "ready": partial(stored_images, split, batches, workers=processes),
+            "stored": partial(stream, recall, start=0, stop=len(batches), workers=processes),
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for repeat in range(options.repeats + 1):
             for name in sorted(sides, reverse=repeat % 2 == 1):  # whoever comes later finds a warmer machine
                 cost = measure(sides[name], len(order), options.batch_size)
-                if repeat:  # the first time warms the disk up
+                if repeat:  # the first time warms the disk up, and decodes what is stored
                     found[name].append(cost)
         rates, milliseconds = ({name: [each[k] for each in costs] for name, costs in found.items()} for k in (0, 1))
         for name in sides:
@@ -120,7 +131,7 @@ def bare(files: Sequence[Sequence[str]], size: tuple[int, int], processes: int) 
         yield from pool.map(decode_some, files, [size] * len(files))
 
 
-def _pixels(split: ImageFiles, batches: Sequence[torch.Tensor], number: int) -> torch.Tensor:
+def _pixels(split: DomainSplit, batches: Sequence[torch.Tensor], number: int) -> torch.Tensor:
     return split.pixels(batches[number])
 
 

@@ -16,6 +16,8 @@ from told import names, one_line
 from torch import nn
 
 from dmoe import plan
+from dmoe.data.decoded import DecodedImages, Keeping
+from dmoe.data.transforms import ImageTransform
 from dmoe.errors import UserError
 from dmoe.model import build_aggregator
 from dmoe.plan import Costs, entries, measure, show, token_bytes
@@ -231,6 +233,15 @@ def test_plan_is_one_screen_that_names_what_counts(tmp_path: Path, capsys: pytes
     assert f"aggregator {sum(p.numel() for p in aggregator.parameters()) / 1e6:.2f} M;" in text
     assert f"student small_conv, {network / 1e6:.2f} M; features 64 wide" in text
     assert "tokens take 0.1 MB" in text and "are free on that disk" in text
+
+
+def test_plan_says_where_decoded_images_are_kept_and_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_in(tmp_path / "run")
+    assert "decoded images" not in shown(run, capsys)
+    transform, paths = ImageTransform((3, 100, 100)), [f"{number}.png" for number in range(1000)]
+    decoded = DecodedImages(Keeping(tmp_path / "kept", limit=10**9), root=tmp_path, paths=paths, transform=transform)
+    run = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, decoded=decoded))
+    assert f"  decoded images are kept in {tmp_path / 'kept'}, up to 30.0 MB; 0.0 MB are there" in shown(run, capsys)
 
 
 def test_plan_ends_with_the_sum_of_the_stages(tmp_path: Path, measured: Costs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,8 @@ def test_what_decides_trained_weights_may_not_change(folder: RunFolder, override
         "evaluation.score_support=false",
         "data.dir=/x",
         "data.workers=3",
+        "data.decoded_gb=1",
+        "data.decoded_dir=elsewhere",
         "experts.threads=2",
         "checkpoint_every=9",
     ],

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dmoe.data.decoded import DecodedImages
 from dmoe.data.transforms import ImageTransform
 from dmoe.tasks import Task
 
@@ -115,6 +116,7 @@ class DomainDataset:
         replicate: which of several ways to split it this is, as leaderboards name it; empty: there is one.
         in_memory: whether images are there at once, so that no process needs to read ahead.
         unreadable: images that were left out because they cannot be read.
+        decoded: where images are kept once they are decoded; None: nowhere.
     """
 
     name: str
@@ -131,6 +133,7 @@ class DomainDataset:
     replicate: str = ""
     in_memory: bool = True
     unreadable: Sequence[str] = ()
+    decoded: DecodedImages | None = None
 
     def __post_init__(self) -> None:
         if not self.selection_metric:

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dmoe.data.base import DomainSplit
+from dmoe.data.decoded import DecodedImages
 from dmoe.data.readers import empty
 from dmoe.data.streams import stream
 from dmoe.data.transforms import TURNS, Augmentation, ImageTransform, random_crop, random_views, turn
@@ -49,11 +50,14 @@ class ImageFiles(DomainSplit):
         group_domains: Tensor | None = None,
         group_names: Mapping[int, str] | None = None,
         augmentation: Augmentation = "none",
+        decoded: DecodedImages | None = None,
+        rows: Sequence[int] = (),
     ) -> None:
         """
         Args:
             paths: below ``root``, one an image.
             augmentation: of fresh draws. ``turns`` are stored views too, all eight.
+            decoded: where decoded images are kept, if they are; ``rows`` says in which row each image.
         """
         self._root, self._transform, self._augmentation = os.fsencode(root), transform, augmentation
         # One array of bytes: worker processes share it, where a list of strings would be copied to each, bit by bit.
@@ -62,6 +66,7 @@ class ImageFiles(DomainSplit):
         self.group_domains = domains if group_domains is None else group_domains
         self._group_names = domain_names if group_names is None else group_names
         self.views = TURNS if augmentation == "turns" else 1
+        self._decoded, self._rows = decoded, np.array(rows, dtype=np.int64)
 
     @property
     def group_names(self) -> Mapping[int, str]:
@@ -86,7 +91,12 @@ class ImageFiles(DomainSplit):
         channels, height, width = self._transform.image_shape
         batch = empty((len(index), height, width, channels), torch.float32 if self._transform.takes_bands else torch.uint8)
         for place, number in zip(batch.numpy(), index.tolist(), strict=True):
-            place[:] = read_pixels(self._name(number), self._transform, draw=crop, slot=number)
+            name = self._name(number)
+            decode = partial(read_pixels, name, self._transform, draw=crop, slot=number)
+            if self._decoded is None or crop is not None:
+                place[:] = decode()
+            else:
+                self._decoded.fill(place, row=int(self._rows[number]), path=name, decode=decode)
         if view is not None and self.views > 1:
             turn(batch, view)
         return batch

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dmoe.data.base import DomainDataset, DomainSplit
+from dmoe.data.decoded import DecodedImages, Keeping
 from dmoe.data.files import ImageFiles, kept, missing, unreadable
 from dmoe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ImageTransform
 from dmoe.errors import UserError
@@ -86,6 +87,7 @@ def load(
     skip_unreadable: bool,
     known_unreadable: Sequence[str] | None,
     workers: int,
+    keeping: Keeping | None = None,
 ) -> DomainDataset:
     """Open folders ``source/domain/class/image``, or a CSV file with columns path, label, domain and perhaps split.
 
@@ -102,6 +104,7 @@ def load(
         skip_unreadable: read every image once, and leave out those that cannot be read.
         known_unreadable: those that an earlier reading found, in place of another one.
         workers: processes to read images with.
+        keeping: of decoded images; None: they are decoded each time.
 
     Raises:
         UserError: the images, their labels or their domains cannot be found or do not make a data set; one line says why.
@@ -123,6 +126,7 @@ def load(
 
     names = listing.domain_names
     domain_of = {name: number for number, name in enumerate(names)}
+    decoded = DecodedImages(keeping, root=listing.root, paths=listing.paths, transform=transform) if keeping is not None else None
     splits: dict[str, DomainSplit] = {
         name: ImageFiles(
             root=listing.root,
@@ -132,6 +136,8 @@ def load(
             domain_names=dict(enumerate(names)),
             transform=transform,
             augmentation=augmentation if name == "source" else "none",
+            decoded=decoded,
+            rows=chosen,
         )
         for name, chosen in rows.items()
     }
@@ -145,6 +151,7 @@ def load(
         reported=REPORTED[task.kind],
         in_memory=False,
         unreadable=bad,
+        decoded=decoded,
     )
 
 

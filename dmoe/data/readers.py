@@ -19,9 +19,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,8 +35,10 @@ Batch = TypeVar("Batch")
 Place = tuple[int, torch.dtype, tuple[int, ...]]
 """Of a tensor in a slot: first byte, type, shape."""
 
-SLOTS = 3
-"""A batch that is in use, one that is ready and one that is being made, for each reader."""
+SLOTS = 4
+"""For each reader: a batch that is in use, one that waits for the steps before it, and those that are asked for."""
+ASKED_AT_ONCE = 2
+"""Of a reader: a batch that is being made, and one to go on with."""
 SLOT_BYTES = 4 << 30
 """Addresses, not memory: of a slot so much is taken as its largest batch needs."""
 ALIGNMENT = 64
@@ -115,71 +119,100 @@ def read_ahead(make: Callable[[int], Batch], steps: range, *, processes: int) ->
 
 
 def _in_turn(make: Callable[[int], Batch], steps: range, processes: int, *, pinned: bool) -> Generator[Batch, None, None]:
-    readers: list[_Reader[Batch]] = []
+    readers: list[_Reader] = []
+    made: dict[int, _Made] = {}
+    upcoming = steps.start  # the first step that nobody has been asked for
+
+    def give_out() -> None:
+        """Whoever is free takes the next step: a reader that has lost its core does not hold up the others."""
+        nonlocal upcoming
+        while upcoming < steps.stop and (free := [reader for reader in readers if reader.is_free]):
+            min(free, key=lambda reader: len(reader.asked)).ask(upcoming)
+            upcoming += 1
+
     try:
-        for number in range(processes):
-            readers.append(_Reader(make, steps[number::processes], pinned=pinned))
-        for turn in range(len(steps)):
-            for reader in readers:
-                reader.ask()
-            yield readers[turn % processes].receive()
+        for _ in range(processes):
+            readers.append(_Reader(make))
+        for step in steps:
+            give_out()
+            while step not in made and step < upcoming:
+                answering = wait([reader.pipe for reader in readers if reader.asked])
+                made.update(reader.take() for reader in readers if reader.pipe in answering)
+                give_out()
+            if step in made:
+                yield made.pop(step).batch(pinned=pinned)
+            else:  # every slot is in use by somebody who keeps batches
+                upcoming += 1
+                yield make(step)
     finally:
         for reader in readers:
             reader.end()
 
 
-class _Reader(Generic[Batch]):
-    """A process that makes the batches of its steps, in order, and this process's end of its pipe."""
+class _Reader:
+    """A process that makes batches, and this process's end of its pipe.
 
-    def __init__(self, make: Callable[[int], Batch], steps: range, *, pinned: bool) -> None:
-        self._make, self._steps, self._pinned = make, iter(steps), pinned
+    Attributes:
+        asked: steps that it was asked for and has not answered, each with the number of the slot.
+    """
+
+    def __init__(self, make: Callable[[int], object]) -> None:
         self._slots = [_Slot() for _ in range(SLOTS)]
-        self._free, self._asked = deque(range(SLOTS)), deque[int]()
+        self._free, self.asked = list(range(SLOTS)), deque[tuple[int, int]]()
         fork = get_context("fork")  # memory without a name can only be inherited, and so can a function within a function
-        self._pipe, theirs = fork.Pipe()
-        arguments = (make, self._slots, theirs, os.getpid())
-        self._process = fork.Process(target=_serve, args=arguments, daemon=True)
+        self.pipe, theirs = fork.Pipe()
+        self._process = fork.Process(target=_serve, args=(make, self._slots, theirs, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()  # so that the pipe ends when the reader does
 
-    def ask(self) -> None:
-        """Have batches made as far ahead as there are free slots."""
-        while self._free and (step := next(self._steps, None)) is not None:
-            number = self._free.popleft()
-            self._send((step, number))
-            self._asked.append(number)
+    @property
+    def is_free(self) -> bool:
+        return len(self._free) > 0 and len(self.asked) < ASKED_AT_ONCE
 
-    def receive(self) -> Batch:
-        """The next batch."""
-        if not self._asked:  # every slot is in use by somebody who keeps batches
-            return self._make(next(self._steps))
+    def ask(self, step: int) -> None:
+        request = step, self._free.pop()  # the slot that was returned last is still in the caches
+        self.asked.append(request)
         try:
-            note = self._pipe.recv_bytes()
+            self.pipe.send(request)
+        except ConnectionError:
+            raise self._ended() from None
+
+    def take(self) -> "tuple[int, _Made]":
+        """The step that is answered, and how."""
+        try:
+            note = self.pipe.recv_bytes()
         except (EOFError, ConnectionError):
             raise self._ended() from None
-        number = self._asked.popleft()
-        memory = self._slots[number].lend(lambda: self._free.append(number))
-        batch: Batch | Exception = _Unpickler(io.BytesIO(note), memory, pinned=self._pinned).load()
-        if isinstance(batch, Exception):
-            raise batch
-        return batch
+        step, number = self.asked.popleft()
+        return step, _Made(note, self._slots[number], partial(self._free.append, number))
 
     def end(self) -> None:
         self._process.kill()  # it has nothing to put in order
         self._process.join()
-        self._pipe.close()
-
-    def _send(self, request: tuple[int, int]) -> None:
-        try:
-            self._pipe.send(request)
-        except ConnectionError:
-            raise self._ended() from None
+        self._process.close()
+        self.pipe.close()
 
     def _ended(self) -> UserError:
         self._process.join()
         code = self._process.exitcode or 0
         how = f"by signal {-code}" if code < 0 else f"with status {code}"
         return UserError(f"a process that reads images ended {how}: if memory is short, choose fewer of them by data.workers")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A reader's answer: a note, the slot that it speaks of, and how to return that."""
+
+    note: bytes
+    slot: _Slot
+    give_back: Callable[[], None]
+
+    def batch(self, *, pinned: bool) -> Any:
+        """The batch; an error that it ended in is raised."""
+        batch = _Unpickler(io.BytesIO(self.note), self.slot.lend(self.give_back), pinned=pinned).load()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
 
 
 def _serve(make: Callable[[int], object], slots: Sequence[_Slot], pipe: "Connection[Any, Any]", parent: int) -> None:

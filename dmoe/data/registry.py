@@ -4,9 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dmoe.config import DataConfig
 from dmoe.data.base import DomainDataset
+from dmoe.data.decoded import Keeping
 from dmoe.errors import UserError
+from dmoe.memory import memory_budget
 
 DEFAULT_FOLDER = Path("data")
 
@@ -18,12 +22,12 @@ class Opening:
     Attributes:
         workers: processes to read images with, where all have to be read.
         known_unreadable: images that cannot be read, found by an earlier visit; None: not known.
-        download: fetch what is not there.
+        writes: fetch what is not there, and keep images once they are decoded.
     """
 
     workers: int = 0
     known_unreadable: Sequence[str] | None = None
-    download: bool = True
+    writes: bool = True
 
 
 def load_dataset(name: str, config: DataConfig, opening: Opening | None = None) -> DomainDataset:
@@ -57,7 +61,8 @@ def _wilds(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
         skip_unreadable=config.skip_unreadable,
         known_unreadable=opening.known_unreadable,
         workers=opening.workers,
-        download=opening.download,
+        download=opening.writes,
+        keeping=_keeping(config, opening),
     )
 
 
@@ -77,7 +82,17 @@ def _folders(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
         skip_unreadable=config.skip_unreadable,
         known_unreadable=opening.known_unreadable,
         workers=opening.workers,
+        keeping=_keeping(config, opening),
     )
+
+
+def _keeping(config: DataConfig, opening: Opening) -> Keeping | None:
+    limit = memory_budget(torch.device("cpu")) if config.decoded_gb is None else int(config.decoded_gb * 1e9)
+    if limit == 0:
+        return None
+    where = config.dir or DEFAULT_FOLDER
+    folder = config.decoded_dir or (where.parent if where.is_file() else where) / ".decoded"
+    return Keeping(folder, limit, fills=opening.writes)
 
 
 _LOADERS: dict[str, Callable[[str, DataConfig, Opening], DomainDataset]] = {

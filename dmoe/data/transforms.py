@@ -18,7 +18,7 @@ Augmentation = Literal["none", "turns", "crops"]
 """none. turns: the eight rotations by 90 degrees and mirrorings. crops: random crop, mirroring, colours and grey, as DomainBed."""
 
 TURNS = 8
-AT_ONCE = 1 << 17
+AT_ONCE = 1 << 19
 """Numbers that a CPU standardises at a time."""
 
 

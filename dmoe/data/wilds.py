@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
+from dmoe.data.decoded import DecodedImages, Keeping
 from dmoe.data.files import ImageFiles, kept, missing, unreadable
 from dmoe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ImageTransform
 from dmoe.data.wilds_import import fractional_seconds, wilds
@@ -152,6 +153,7 @@ def load(
     known_unreadable: Sequence[str] | None = None,
     workers: int = 0,
     download: bool = True,
+    keeping: Keeping | None = None,
 ) -> DomainDataset:
     """Open a WILDS data set, or download it first where it is not there.
 
@@ -163,6 +165,7 @@ def load(
         known_unreadable: those that an earlier reading found, in place of another one.
         workers: processes to read images with.
         download: fetch what is not there; otherwise say what would be fetched, and end.
+        keeping: of decoded images; None: they are decoded each time.
 
     Raises:
         UserError: the files are missing and cannot be downloaded, are of another version, or do not fit the stock package.
@@ -191,6 +194,7 @@ def load(
     group_domains, group_names = _domains(stock, [kind.group_field])
     labels = stock.y_array.flatten()
     task = Task(kind.task, num_outputs=int(stock.n_classes) if kind.task == "multiclass" else 1)
+    decoded = DecodedImages(keeping, root=folder, paths=paths, transform=transform) if keeping is not None else None
     splits: dict[str, DomainSplit] = {
         ours: ImageFiles(
             root=folder,
@@ -202,6 +206,8 @@ def load(
             domain_names=names,
             transform=transform,
             augmentation=kind.augmentation if ours == "source" else "none",
+            decoded=decoded,
+            rows=chosen.tolist(),
         )
         for ours, chosen in rows.items()
         if len(chosen)
@@ -221,6 +227,7 @@ def load(
         replicate=f"fold:{fold}" if name == "poverty" else "",
         in_memory=False,
         unreadable=bad,
+        decoded=decoded,
     )
 
 

@@ -1,13 +1,14 @@
 """Batches that other processes make ahead, in shared memory."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from multiprocessing import active_children
+from multiprocessing import Value, active_children
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,6 @@ def open_files() -> int:
     return len(list(Path("/dev/fd").iterdir()))
 
 
-def names_in_shared_memory() -> set[Path]:
-    return set(Path("/dev/shm").glob("*"))
-
-
 def is_there(process: int) -> bool:
     status = Path(f"/proc/{process}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -46,6 +43,20 @@ def is_there(process: int) -> bool:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_batches_come_in_the_order_of_their_steps(processes: int) -> None:
     assert [int(batch[999]) for batch in read_ahead(filled, range(3, 20), processes=processes)] == list(range(3, 20))
+
+
+def test_a_slow_reader_does_not_hold_up_the_others() -> None:
+    slow = Value("i", -1)
+
+    def make(step: int) -> Tensor:
+        if slow.value in (-1, os.getpid()):
+            slow.value = os.getpid()
+            time.sleep(0.2)
+        return torch.tensor([step, os.getpid()])
+
+    batches = list(read_ahead(make, range(20), processes=2))
+    assert [int(batch[0]) for batch in batches] == list(range(20))
+    assert sum(int(batch[1]) == slow.value for batch in batches) < 8
 
 
 def test_tensors_of_any_kind_arrive_however_nested() -> None:
@@ -133,7 +144,8 @@ def test_readers_that_were_killed_while_nobody_asked_are_told_too() -> None:
 
 @pytest.mark.parametrize("how", ["to the end", "stopped early", "forgotten"])
 def test_nothing_is_left_of_readers(how: str) -> None:
-    before, shared = open_files(), names_in_shared_memory()
+    gc.collect()  # what the errors of other tests have kept
+    before = open_files()
     batches = read_ahead(filled, range(20), processes=2)
     next(batches)
     assert len(active_children()) == 2
@@ -145,7 +157,6 @@ def test_nothing_is_left_of_readers(how: str) -> None:
         del batches
     assert active_children() == []
     assert open_files() == before
-    assert names_in_shared_memory() == shared
 
 
 def test_batches_outlive_their_readers() -> None:
@@ -186,7 +197,7 @@ def test_readers_compute_after_the_other_process_has_used_all_its_threads() -> N
 def test_the_next_batch_is_taken_while_one_is_in_use() -> None:
     taken = []
 
-    def made() -> "readers.Generator[int, None, None]":
+    def made() -> Generator[int, None, None]:
         try:
             for step in range(5):
                 taken.append(step)
