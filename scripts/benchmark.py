@@ -25,6 +25,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported: waiting t
 
 from dmoe.command_line import run_main
 from dmoe.errors import UserError
+from dmoe.meta.learner import Way
 from scripts.benchmarks import agreement, bounds, demo, ours, page, published
 from scripts.benchmarks import inputs as given
 from scripts.benchmarks.inputs import Setting
@@ -40,6 +41,7 @@ class Comparison:
     repeats: int = 3
 
 
+WHOLE, IN_FOURS = Way("double_backward"), Way("forward_over_reverse", 4)
 AT_96, AT_224 = Setting("resnet50", 96, 24, 16, 10), Setting("resnet50", 224, 24, 16, 10)
 PRETRAINING = Setting("resnet50", 224, 32, 1, 10)
 STORE, STORE_BATCH = Setting("resnet50", 96, 256, 1, 4), 64
@@ -53,9 +55,9 @@ LATENCY = {
 COMPARISONS = [
     Comparison(
         {
-            "ours": given.ours(ours.meta_step, AT_96, method="double_backward"),
+            "ours": given.ours(ours.meta_step, AT_96, way=WHOLE),
             "baseline": given.published(published.meta_step, AT_96),
-            "bound": given.ours(bounds.meta_passes, AT_96),
+            "bound": given.bound(bounds.meta_passes, AT_96, way=WHOLE),
         },
         [
             Criterion("meta_96", "one meta-step, ResNet-50, N = 10, support 24, query 16, 96x96: published against ours", bar=1.4),
@@ -70,9 +72,9 @@ COMPARISONS = [
     ),
     Comparison(
         {
-            "ours": given.ours(ours.meta_step, AT_224, method="forward_over_reverse", chunk_size=4),
+            "ours": given.ours(ours.meta_step, AT_224, way=IN_FOURS),
             "baseline": given.published(published.meta_step, AT_224),
-            "bound": given.ours(bounds.meta_passes, AT_224, chunk_size=4),
+            "bound": given.bound(bounds.meta_passes, AT_224, way=IN_FOURS),
         },
         [
             Criterion("meta_224", "the meta-step at 224x224: published against ours", bar=2.0),
@@ -82,7 +84,7 @@ COMPARISONS = [
     ),
     Comparison(
         {
-            name: given.ours(ours.meta_step, Setting("resnet18", 224, support, 16, 4), method="forward_over_reverse", chunk_size=8)
+            name: given.ours(ours.meta_step, Setting("resnet18", 224, support, 16, 4), way=Way("forward_over_reverse", 8))
             for name, support in (("ours", 128), ("baseline", 16))
         },
         [
@@ -120,7 +122,7 @@ COMPARISONS = [
     Comparison(
         {
             "ours": given.ours(ours.token_store, STORE, batch_size=STORE_BATCH),
-            "bound": given.ours(bounds.forward_passes, STORE, batch_size=STORE_BATCH),
+            "bound": given.bound(bounds.forward_passes, STORE, batch_size=STORE_BATCH),
         },
         [
             Criterion(
@@ -136,7 +138,7 @@ COMPARISONS = [
     Comparison(
         {
             "ours": given.ours(ours.adaptation, Setting("resnet50", 96, 24, 1, 4)),
-            "bound": given.ours(bounds.adaptation_passes, Setting("resnet50", 96, 24, 1, 4)),
+            "bound": given.bound(bounds.adaptation_passes, Setting("resnet50", 96, 24, 1, 4)),
         },
         [
             Criterion(
@@ -174,7 +176,14 @@ COMPARISONS = [
     ),
     Comparison(
         {
-            "ours": given.ours(ours.meta_step, AT_96, method="double_backward"),
+            "ours": given.ours(ours.adaptations, LATENCY["small_conv"], domains=16, together=True),
+            "baseline": given.ours(ours.adaptations, LATENCY["small_conv"], domains=16, together=False),
+        },
+        [Criterion("adapt_many", "16 domains of the demo's size adapted to: in one pass (ours) against one after the other")],
+    ),
+    Comparison(
+        {
+            "ours": given.ours(ours.meta_step, AT_96, way=WHOLE),
             "baseline": given.published(published.meta_step_by_higher, AT_96),
         },
         [Criterion("higher", "one meta-step as in meta_96, from stored tokens on both sides: the library higher against ours")],

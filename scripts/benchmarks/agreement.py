@@ -1,5 +1,6 @@
 """Every fast path against the plain one: how far apart their numbers are, in three precisions."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch.func import functional_call
 
 from dmoe.adaptation import Adapter
 from dmoe.meta.gradient import GradientMethod, meta_gradient
+from dmoe.meta.learner import Way
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.folding import Folding
-from dmoe.models.networks import Network
+from dmoe.models.networks import Network, in_layout
+from dmoe.precision import Precision, computing_in, not_coarse
 from scripts.benchmarks.inputs import CLASSES, INNER_LR, TASK, Setting, as_delivered, new_aggregator
-from scripts.benchmarks.measuring import Place, autocast
+from scripts.benchmarks.measuring import Place
 
 BACKBONES = ("resnet18", "resnet50", "densenet121", "timm:vit_small_patch16_224")
 PRECISIONS = ("float64", "float32", "bfloat16")
@@ -30,6 +33,7 @@ class Case:
     def __init__(self, backbone: str, precision: str, device: torch.device, size: int) -> None:
         torch.manual_seed(0)
         dtype = torch.float64 if precision == "float64" else torch.float32
+        self.precision: Precision = "bfloat16" if precision == "bfloat16" else "float32"
         setting = Setting(backbone, size, SUPPORT, QUERY, EXPERTS)
         self.student, *self.experts = (settled(setting.network()).to(device, dtype) for _ in range(EXPERTS + 1))
         self.teacher = new_aggregator(self.student.width, torch.device("cpu")).to(device, dtype)
@@ -48,20 +52,23 @@ def settled(network: Network) -> Network:
 
 
 def gradients(case: Case, method: GradientMethod, chunk_size: int | None = None, *, fast: bool = True) -> Found:
-    """The three gradients of an episode. ``fast``: batch-norm folded into the convolutions, channels last."""
+    """The three gradients of an episode. ``fast``: as a learner has them, batch-norm folded and laid out in memory for the way."""
     folding = Folding(case.student.features)
     buffers = dict(case.student.features.named_buffers())
-    arrange: Callable[[Tensor], Tensor] = as_delivered if fast else Tensor.contiguous
+    layout = Way(method, chunk_size).layout if fast else torch.contiguous_format
+    in_layout(case.student, layout)
     found = meta_gradient(
-        features=folding.features if fast else lambda p, x: functional_call(case.student.features, (dict(p), buffers), (x,)),
+        features=(lambda p, x: not_coarse(folding.features(p, x)))
+        if fast
+        else (lambda p, x: functional_call(case.student.features, (dict(p), buffers), (x,))),
         prepare=folding.prepare if fast else dict,
         head=lambda q, f: functional_call(case.student.head, dict(q), (f,)),
         loss=TASK.loss,
         theta=dict(case.student.features.named_parameters()),
         w=dict(case.student.head.named_parameters()),
         target=case.target,
-        support=arrange(case.support),
-        query=arrange(case.query),
+        support=case.support.contiguous(memory_format=layout),
+        query=case.query.contiguous(memory_format=layout),
         labels=case.labels,
         inner_lr=INNER_LR,
         method=method,
@@ -70,35 +77,49 @@ def gradients(case: Case, method: GradientMethod, chunk_size: int | None = None,
     return {"theta": flat(found.theta.values()), "w": flat(found.w.values()), "target": found.target}
 
 
-def adapted(case: Case) -> Found:
-    """The step of an adapted student, by the product."""
+def adapted(case: Case, *, many: bool = False) -> Found:
+    """The step of an adapted student, by the product; ``many``: of several that are adapted at once."""
     adapter = Adapter(
-        features=case.student.features,
+        features=in_layout(case.student, torch.channels_last).features,
         head=case.student.head,
-        experts=[expert.features for expert in case.experts],
+        experts=[in_layout(expert, torch.channels_last).features for expert in case.experts],
+        expert_precision=case.precision,
         aggregator=case.teacher,
         inner_lr=INNER_LR,
         task=TASK,
     )
-    after = adapter.adapt(as_delivered(case.support)).parameters()
+    images = as_delivered(case.support)
+    with computing_in("float32", images.device):  # the step itself always is
+        student = adapter.adapt_many(torch.stack([images.flip(0), images]))[1] if many else adapter.adapt(images)
+    after = student.parameters()
     return {"step": flat(after[name] - value for name, value in case.student.features.named_parameters())}
 
 
 def plainly_adapted(case: Case) -> Found:
-    parameters = list(case.student.features.parameters())
-    with torch.no_grad():
-        target = case.teacher(plain_tokens(case)["tokens"])
-    after = torch.autograd.grad((case.student.features(case.support) - target).square().mean(), parameters)
+    parameters = list(in_layout(case.student, torch.contiguous_format).features.parameters())
+    tokens = not_coarse(plain_tokens(case)["tokens"])
+    with computing_in("float32", tokens.device):
+        target = case.teacher(tokens).detach()
+        after = torch.autograd.grad((case.student.features(case.support) - target).square().mean(), parameters)
     return {"step": flat((p - INNER_LR * g) - p for p, g in zip(parameters, after, strict=True))}
 
 
-def tokens(case: Case) -> Found:
-    return {"tokens": ExpertPool(expert.features for expert in case.experts)(as_delivered(case.support))}
+def pooled_tokens(case: Case) -> Found:
+    pool = ExpertPool((in_layout(expert, torch.channels_last).features for expert in case.experts), precision=case.precision)
+    return {"tokens": pool(as_delivered(case.support))}
 
 
 def plain_tokens(case: Case) -> Found:
+    experts = [in_layout(expert, torch.contiguous_format) for expert in case.experts]
     with torch.no_grad():
-        return {"tokens": torch.stack([expert.features(case.support) for expert in case.experts], dim=1)}
+        return {"tokens": torch.stack([expert.features(case.support) for expert in experts], dim=1)}
+
+
+@torch.no_grad()
+def lost_by_storing(case: Case, dtype: torch.dtype) -> float:
+    """The relative difference of target features, where tokens are stored in a shorter type."""
+    found = plain_tokens(case)["tokens"]
+    return difference({"target": case.teacher(found.to(dtype).float())}, {"target": case.teacher(found)})
 
 
 def plain_gradients(case: Case) -> Found:
@@ -116,47 +137,72 @@ PATHS: Mapping[str, tuple[Callable[[Case], Found], Callable[[Case], Found]]] = {
     ),
     "meta-gradient, double backward": (lambda case: gradients(case, "double_backward"), plain_gradients),
     "step of an adaptation": (adapted, plainly_adapted),
-    "tokens": (tokens, plain_tokens),
+    "step of one of many adaptations at once": (lambda case: adapted(case, many=True), plainly_adapted),
+    "tokens": (pooled_tokens, plain_tokens),
 }
-"""Fast and plain. The three ways to the meta-gradient have batch-norm folded into the convolutions; the plain one has not."""
+"""Fast and plain: the three ways to the meta-gradient have batch-norm folded into the convolutions; the plain one has not."""
 
 
 def rows(place: Place, *, backbones: Sequence[str] = BACKBONES, size: int = SIZE) -> list[dict[str, Any]]:
     """A row a path and precision: the largest relative difference, over backbones and over what the path gives."""
     device = torch.device(place.device)
     torch.set_num_threads(place.threads)
-    differences: dict[tuple[str, str], dict[str, float]] = {(path, p): {} for p in PRECISIONS for path in PATHS}
+    differences: dict[tuple[str, str], dict[str, float | None]] = {(path, p): {} for p in PRECISIONS for path in PATHS}
     rounding: dict[tuple[str, str], dict[str, float]] = {key: {} for key in differences}
+    stored: dict[str, dict[str, float]] = {"float16": {}, "bfloat16": {}}
     for backbone in backbones:
         exact: dict[str, Found] = {}
         for precision in PRECISIONS:
             case, said = Case(backbone, precision, device, size), {}
-            with autocast(device, enabled=precision == "bfloat16"):
+            with computing_in(case.precision, device):
                 for path, (fast, plain) in PATHS.items():
                     if plain not in said:
                         said[plain] = plain(case)
                     exact.setdefault(path, said[plain])
-                    differences[path, precision][backbone] = difference(fast(case), said[plain])
+                    differences[path, precision][backbone] = _of_fast(fast, case, said[plain])
                     rounding[path, precision][backbone] = difference(said[plain], exact[path])
-    return [
+            if precision == "float32":
+                for storage, kept in stored.items():
+                    kept[backbone] = lost_by_storing(case, getattr(torch, storage))
+    found = [
         _row(path, precision, by_backbone, max(rounding[path, precision].values()), place)
         for (path, precision), by_backbone in differences.items()
     ]
+    return found + [_stored_row(storage, kept, place) for storage, kept in stored.items()]
 
 
-def _row(path: str, precision: str, by_backbone: Mapping[str, float], rounding: float, place: Place) -> dict[str, Any]:
+def _stored_row(storage: str, by_backbone: Mapping[str, float], place: Place) -> dict[str, Any]:
+    found = _row("target features from stored tokens", storage, by_backbone, 0.0, place)
     largest = max(by_backbone, key=lambda backbone: by_backbone[backbone])
+    what = f"largest relative difference from float32 tokens, at {largest}"
+    return {**found, "name": f"agreement, target features from tokens stored as {storage}", "what": what}
+
+
+def _of_fast(fast: Callable[[Case], Found], case: Case, plain: Found) -> float | None:
+    """The difference, or None where torch has not what the path needs in this precision."""
+    try:
+        return difference(fast(case), plain)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _row(path: str, precision: str, by_backbone: Mapping[str, float | None], rounding: float, place: Place) -> dict[str, Any]:
+    known = {backbone: value for backbone, value in by_backbone.items() if value is not None}
+    worst = max(known.values(), default=math.nan)
+    failed = [backbone for backbone in by_backbone if backbone not in known]
+    where = f", at {max(known, key=lambda backbone: known[backbone])}" if known else ""
+    where += f"; torch cannot do it with {', '.join(failed)}" if failed else ""
     bar = BAR if precision == "float64" else None
     return {
         "name": f"agreement, {path}, {precision}{' autocast' if precision == 'bfloat16' else ''}",
-        "what": f"largest relative difference from the plain way, at {largest}; against: the plain way's own from float64",
-        "ours": by_backbone[largest],
+        "what": f"largest relative difference from the plain way{where}; beside it the plain way's own from float64",
+        "ours": worst,
         "baseline": rounding if precision != "float64" else None,
         "unit": "relative difference",
-        "ratio": by_backbone[largest] / rounding if rounding else None,
+        "ratio": worst / rounding if rounding else None,
         "bar": bar,
         "better": "below",
-        "holds": None if bar is None else by_backbone[largest] <= bar,
+        "holds": None if bar is None else not failed and worst <= bar,
         "by_backbone": dict(by_backbone),
         "machine": {**place.machine, "precision": precision},
     }

@@ -8,18 +8,22 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dmoe.meta.gradient import distillation_loss
+from dmoe.meta.learner import Way
+from dmoe.models.networks import in_layout
+from scripts.benchmarks import ours
 from scripts.benchmarks.inputs import Episode, as_delivered
 from scripts.benchmarks.measuring import Step
 
 
-def meta_passes(episode: Episode, *, chunk_size: int | None = None) -> Step:
-    """One inner gradient, one Hessian-vector product and one query gradient of the plain network, in chunks where ours is."""
-    features, head = episode.student.features, episode.student.head
+def meta_passes(episode: Episode, *, way: Way) -> Step:
+    """One inner gradient, one Hessian-vector product and one query gradient of the plain network; chunks and layout as ours."""
+    chunk_size, student = way.chunk_size, in_layout(episode.student, way.layout)
+    features, head = student.features, student.head
     buffers = dict(features.named_buffers())
     theta = {name: value.detach() for name, value in features.named_parameters()}
     target = torch.randn(episode.setting.support, episode.student.width, device=episode.device, dtype=episode.dtype)
     v = {name: torch.randn_like(value) for name, value in theta.items()}
-    support, query = as_delivered(episode.x_support), as_delivered(episode.x_query)
+    support, query = (images.contiguous(memory_format=way.layout) for images in (episode.x_support, episode.x_query))
     del episode.x_support, episode.x_query
 
     def inner(p: Mapping[str, Tensor], images: Tensor, t: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def meta_passes(episode: Episode, *, chunk_size: int | None = None) -> Step:
 
 def adaptation_passes(episode: Episode) -> Step:
     """The experts' forward passes and one gradient of the student."""
-    experts, features = episode.experts(), episode.student.features
+    experts, features = ours.experts(episode), in_layout(episode.student, torch.channels_last).features
     parameters, images = list(features.parameters()), as_delivered(episode.x_support)
     target = torch.randn(len(images), episode.student.width, device=episode.device, dtype=episode.dtype)
 
@@ -58,7 +62,7 @@ def adaptation_passes(episode: Episode) -> Step:
 
 def forward_passes(episode: Episode, *, batch_size: int) -> Step:
     """Every expert over every support image."""
-    experts, images = episode.experts(), as_delivered(episode.x_support)
+    experts, images = ours.experts(episode), as_delivered(episode.x_support)
 
     def step() -> None:
         with torch.inference_mode():

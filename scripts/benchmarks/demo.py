@@ -21,16 +21,16 @@ from dmoe.data.partition import partition
 from dmoe.data.registry import load_dataset
 from dmoe.data.streams import EpochOrder
 from dmoe.machine import keep_freed_memory
-from dmoe.meta.learner import MetaLearner, Way
 from dmoe.meta.training import meta_train
 from dmoe.model import build_aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
-from dmoe.models.networks import Network, build_network
-from dmoe.run_folder import Stage
+from dmoe.models.networks import in_layout
+from dmoe.run_folder import RunFolder, Stage
+from dmoe.stages import Run, gradient_way, meta_learner
 from dmoe.supervised import train_supervised
 from dmoe.tokens import build_store
 from scripts.benchmarks import published as plain
-from scripts.benchmarks.measuring import Make, Step
+from scripts.benchmarks.measuring import Make, Place, Step
 
 IMAGES_PER_DOMAIN = 300
 """Source images of each domain that the benchmark draws from; the cost of a step does not depend on it."""
@@ -47,31 +47,21 @@ def steps_of(config: Config, share: float) -> tuple[int, int]:
 
 
 class Demo:
-    """Fresh networks on the demo's data; what both sides start from is the same."""
+    """A run of the demo with fresh networks; what both sides start from is the same."""
 
-    def __init__(self, device: torch.device, *, share: float) -> None:
-        self.device = device
-        self.config = load_config(CONFIG_FOLDER / "digits.yaml")
-        self.dataset = load_dataset("digits", self.config.data).with_fewer_source_images(IMAGES_PER_DOMAIN)
-        self.source = self.dataset.splits["source"]
-        groups = partition(
-            self.source.group_domains.unique().tolist(),
-            count=self.config.experts.count,
-            seed=self.config.seed,
-            how=self.config.experts.partition,
-        )
-        self.own = torch.tensor([groups[domain] for domain in self.source.group_domains.tolist()])
-        torch.manual_seed(0)
-        self.experts = [self._network() for _ in range(self.config.experts.count)]
-        self.student = self._network()
-        outputs = self.dataset.task.num_outputs
-        self.aggregator = build_aggregator(self.config.aggregator, width=self.student.width, num_outputs=outputs).to(device)
-        self.aggregator_steps, self.meta_steps = steps_of(self.config, share)
-        self.order = EpochOrder(len(self.source), self.config.aggregator.training.batch_size, "benchmark")
-
-    def _network(self) -> Network:
-        name, outputs = self.config.student_backbone.name, self.dataset.task.num_outputs
-        return build_network(name, image_shape=self.dataset.image_shape, num_outputs=outputs).eval().to(self.device)
+    def __init__(self, place: Place, *, share: float) -> None:
+        config = load_config(CONFIG_FOLDER / "digits.yaml")
+        dataset = load_dataset("digits", config.data).with_fewer_source_images(IMAGES_PER_DOMAIN)
+        domains = dataset.splits["source"].group_domains.unique().tolist()
+        groups = partition(domains, count=config.experts.count, seed=config.seed, how=config.experts.partition)
+        self.run = Run(config=config, folder=RunFolder(Path("runs/benchmark")), dataset=dataset, groups=groups, device=place.at)
+        count = config.experts.count
+        self.experts = [self.run.network(config.token_backbone, number, to_train=True).eval() for number in range(count)]
+        self.student = self.run.network(config.student_backbone, "student", to_train=True).eval()
+        outputs = dataset.task.num_outputs
+        self.aggregator = build_aggregator(config.aggregator, width=self.student.width, num_outputs=outputs).to(place.at)
+        self.aggregator_steps, self.meta_steps = steps_of(config, share)
+        self.order = EpochOrder(len(self.run.source), config.aggregator.training.batch_size, "benchmark")
 
 
 def ours(*, share: float) -> Make:
@@ -82,28 +72,32 @@ def published(*, share: float) -> Make:
     return partial(_published, share)
 
 
-def _ours(share: float, device: torch.device) -> Step:
+def _ours(share: float, place: Place) -> Step:
     keep_freed_memory()
-    return our_steps(Demo(device, share=share))
+    return our_steps(Demo(place, share=share))
 
 
-def _published(share: float, device: torch.device) -> Step:
-    return published_steps(Demo(device, share=share))
+def _published(share: float, place: Place) -> Step:
+    return published_steps(Demo(place, share=share))
 
 
 def our_steps(demo: Demo) -> Step:
     """The two stages as a run has them, checkpoints and all, for so few steps, without looks at the validation domains."""
-    config, source = demo.config, demo.source
+    run = demo.run
+    config, source = run.config, run.source
     with tempfile.TemporaryDirectory() as folder:
         tokens = build_store(
             Stage(Path(folder) / "tokens", {}),
             split=source,
-            pool=ExpertPool(expert.features for expert in demo.experts).to(demo.device),
+            pool=ExpertPool(expert.features for expert in demo.experts).to(run.device),
             width=demo.student.width,
             batch_size=config.tokens.batch_size,
-            device=demo.device,
+            device=run.device,
         )
         tokens[torch.zeros(1, dtype=torch.int64)]  # the mapping outlives the file's name
+
+    learner = meta_learner(run, demo.aggregator, demo.student)
+    learner.way = gradient_way(run, learner).way
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         index = demo.order[step]
@@ -117,32 +111,24 @@ def our_steps(demo: Demo) -> Step:
                 logits=demo.aggregator.logits,
                 batch=batch,
                 steps_per_epoch=demo.order.steps_per_epoch,
-                task=demo.dataset.task,
+                task=run.dataset.task,
                 training=config.aggregator.training.model_copy(update={"duration": Duration(demo.aggregator_steps, "steps")}),
                 evaluate=None,
                 checkpoint_every=NEVER,
                 seed=0,
-                device=demo.device,
+                device=run.device,
             )
             meta_train(
                 stage=Stage(Path(folder) / "meta", {}),
-                learner=MetaLearner(
-                    student=demo.student,
-                    aggregator=demo.aggregator,
-                    task=demo.dataset.task,
-                    inner_lr=config.meta.inner_lr,
-                    inner_steps=config.meta.inner_steps,
-                    inner_loss=config.meta.inner_loss,
-                    way=Way("double_backward"),  # as the configuration has it
-                ),
+                learner=learner,
                 split=source,
                 tokens=tokens,
-                own_expert=demo.own,
+                own_expert=run.own_expert,
                 config=config.meta.model_copy(update={"duration": Duration(demo.meta_steps, "steps")}),
                 evaluate=lambda: 0.0,
                 checkpoint_every=NEVER,
                 seed=0,
-                device=demo.device,
+                device=run.device,
             )
 
     return step
@@ -150,17 +136,19 @@ def our_steps(demo: Demo) -> Step:
 
 def published_steps(demo: Demo) -> Step:
     """The same steps on the same images: each image drawn again where it is needed, and all experts over it."""
-    meta, source, device = demo.config.meta, demo.source, demo.device
+    run = demo.run
+    meta, source, device = run.config.meta, run.source, run.device
     sampler = EpisodeSampler(source, support_size=meta.support_size, query_size=meta.query_size, key=(0, "episode"))
-    student, teacher = demo.student, demo.aggregator
+    teacher = demo.aggregator
+    student, *experts = (in_layout(network, torch.contiguous_format) for network in (demo.student, *demo.experts))
 
     def pretrain() -> None:
-        adam = torch.optim.Adam(teacher.parameters(), lr=demo.config.aggregator.training.optimizer.lr)
+        adam = torch.optim.Adam(teacher.parameters(), lr=run.config.aggregator.training.optimizer.lr)
         teacher.train()
         for number in range(demo.aggregator_steps):
             index = demo.order[number]
             images, labels = source.images(index).to(device), source.labels[index].to(device)
-            F.cross_entropy(teacher.logits(plain.live_tokens(demo.experts, images)), labels).backward()
+            F.cross_entropy(teacher.logits(plain.live_tokens(experts, images)), labels).backward()
             adam.step()
             adam.zero_grad()
 
@@ -173,7 +161,7 @@ def published_steps(demo: Demo) -> Step:
                 episode = sampler(number, slot)
                 support = source.images(episode.support).to(device)
                 query = source.images(episode.query, draw=episode.draw).to(device)
-                tokens = without_own_expert(plain.live_tokens(demo.experts, support), demo.own[episode.support].to(device))
+                tokens = without_own_expert(plain.live_tokens(experts, support), run.own_expert[episode.support].to(device))
                 plain.add_meta_gradients(
                     student,
                     teacher,

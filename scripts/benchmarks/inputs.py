@@ -11,8 +11,9 @@ from torch import Tensor
 from dmoe.machine import keep_freed_memory
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network, build_network
+from dmoe.precision import computing_in
 from dmoe.tasks import Task
-from scripts.benchmarks.measuring import Make, Step
+from scripts.benchmarks.measuring import Make, Place, Step
 
 CLASSES, INNER_LR, LR = 100, 1e-3, 1e-6
 TASK = Task("multiclass", num_outputs=CLASSES)
@@ -38,9 +39,10 @@ class Setting:
 class Episode:
     """A student, an aggregator and one domain's images."""
 
-    def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, setting: Setting, place: Place, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.setting, self.device, self.dtype = setting, device, dtype
+        self.setting, self.precision, self.dtype = setting, place.precision, dtype
+        self.device = device = place.at
         self.student = setting.network().to(device, dtype)
         self.teacher = new_aggregator(self.student.width, device, dtype)
         self.x_support, self.x_query = self.images(setting.support), self.images(setting.query)
@@ -67,16 +69,29 @@ def as_delivered(images: Tensor) -> Tensor:
 
 
 def published(make: Callable[..., Step], setting: Setting, **choices: Any) -> Make:
-    """A side without our settings of the allocator."""
-    return partial(_made, make, setting, choices, False)
+    """A side without our settings of the allocator; lower precision is autocast round the whole step."""
+    return partial(_made, make, setting, choices, False, True)
 
 
 def ours(make: Callable[..., Step], setting: Setting, **choices: Any) -> Make:
-    """A side with the allocator set as by our entry points."""
-    return partial(_made, make, setting, choices, True)
+    """A side with the allocator set as by our entry points; its parts know themselves what to compute in lower precision."""
+    return partial(_made, make, setting, choices, True, False)
 
 
-def _made(make: Callable[..., Step], setting: Setting, choices: dict[str, Any], tuned: bool, device: torch.device) -> Step:
-    if tuned:
+def bound(make: Callable[..., Step], setting: Setting, **choices: Any) -> Make:
+    """Bare passes, under the best conditions that there are."""
+    return partial(_made, make, setting, choices, True, True)
+
+
+def _made(
+    make: Callable[..., Step], setting: Setting, choices: dict[str, Any], keeps_memory: bool, casts: bool, place: Place
+) -> Step:
+    if keeps_memory:
         keep_freed_memory()
-    return make(Episode(setting, device), **choices)
+    step = make(Episode(setting, place), **choices)
+
+    def cast() -> None:
+        with computing_in(place.precision, place.at):
+            step()
+
+    return cast if casts else step

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import platform
 import statistics
 import sys
 import time
@@ -18,26 +17,28 @@ from typing import Any, Literal
 import torch
 
 from dmoe.errors import UserError
+from dmoe.machine import processor
+from dmoe.precision import Precision
 
 Step = Callable[[], object]
-Make = Callable[[torch.device], Step]
-"""Sets up whatever a step needs, on a device. It has to be picklable: another process calls it."""
-
-Precision = Literal["float32", "bfloat16"]
 Unit = Literal["CPU seconds", "seconds", "GB", "milliseconds", "a CPU second", "a second", "relative difference"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how steps run. ``bfloat16`` is autocast, on whichever side."""
+    """Where and how steps run. ``bfloat16`` is autocast, on every side."""
 
     device: str = "cpu"
     threads: int = 2
     precision: Precision = "float32"
 
     @property
+    def at(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
     def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
+        return self.at.type == "cuda"
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -45,6 +46,10 @@ class Place:
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else processor()
         facts = {"device": self.device, "name": name, "threads": self.threads, "precision": self.precision}
         return {**facts, "torch": torch.__version__, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
+
+
+Make = Callable[[Place], Step]
+"""Sets up whatever a step needs. It has to be picklable: another process calls it."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +70,18 @@ class Side:
 def measured(make: Make, repeats: int, place: Place) -> Side:
     """Set up, warm up with one step, then take the time of some."""
     torch.set_num_threads(place.threads)
-    device = torch.device(place.device)
-    step = make(device)
+    device, step = place.at, make(place)
     resting = _rest(device)
     cpu, wall = [], []
-    with autocast(device, enabled=place.precision == "bfloat16"):
-        for number in range(repeats + 1):
-            cpu_began, began = time.process_time(), time.perf_counter()
-            step()
-            if place.on_gpu:
-                torch.cuda.synchronize(device)
-            if number:
-                cpu.append(time.process_time() - cpu_began)
-                wall.append(time.perf_counter() - began)
+    for number in range(repeats + 1):
+        cpu_began, began = time.process_time(), time.perf_counter()
+        step()
+        if place.on_gpu:
+            torch.cuda.synchronize(device)
+        if number:
+            cpu.append(time.process_time() - cpu_began)
+            wall.append(time.perf_counter() - began)
     return Side(tuple(cpu), tuple(wall), (_peak(device) - resting) / 1e9)
-
-
-def autocast(device: torch.device, *, enabled: bool) -> torch.autocast:
-    """bfloat16 where it is enabled. Casts of weights are not kept: those made inside a derivative are of no use outside of it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def in_turn(sides: Mapping[str, Make], *, rounds: int, repeats: int, place: Place) -> dict[str, list[Side]]:
@@ -172,15 +170,6 @@ def told(facts: Mapping[str, Any]) -> str:
 
 def spread(value: float, ends: Sequence[float] | None = None) -> str:
     return f"{value:.3g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends is not None and ends[0] < ends[1] else "")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _values(criterion: Criterion, measurements: Sequence[Side], clock: str) -> list[float]:

@@ -11,17 +11,18 @@ from torch import Tensor
 from dmoe.adaptation import Adapter
 from dmoe.config import OptimizerConfig
 from dmoe.data.base import DomainSplit
-from dmoe.meta.gradient import GradientMethod
 from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
+from dmoe.models.networks import Network, in_layout
 from dmoe.optimizers import ScheduledAdam
+from dmoe.precision import computing_in
 from dmoe.run_folder import Stage
 from dmoe.tokens import build_store
 from scripts.benchmarks.inputs import CLASSES, INNER_LR, LR, TASK, Episode, as_delivered, new_aggregator
 from scripts.benchmarks.measuring import Step
 
 
-def meta_step(episode: Episode, *, method: GradientMethod, chunk_size: int | None = None) -> Step:
+def meta_step(episode: Episode, *, way: Way) -> Step:
     """One meta-training step by one of our ways to the gradient."""
     learner = MetaLearner(
         student=episode.student,
@@ -29,7 +30,8 @@ def meta_step(episode: Episode, *, method: GradientMethod, chunk_size: int | Non
         task=TASK,
         inner_lr=INNER_LR,
         inner_steps=episode.setting.inner_steps,
-        way=Way(method, chunk_size),
+        way=way,
+        precision=episode.precision,
     )
     adams = [scheduled(parameters) for parameters in (learner.student_parameters, learner.aggregator_parameters)]
     support, query = as_delivered(episode.x_support), as_delivered(episode.x_query)
@@ -49,7 +51,9 @@ def aggregator_step(episode: Episode) -> Step:
     adam = scheduled(teacher.parameters())
 
     def step() -> None:
-        F.cross_entropy(teacher.logits(episode.tokens), labels).backward()
+        with computing_in(episode.precision, episode.device):
+            loss = F.cross_entropy(teacher.logits(episode.tokens), labels)
+        loss.backward()
         adam.step(0)
 
     return step
@@ -61,17 +65,30 @@ def adaptation(episode: Episode) -> Step:
     return lambda: made.adapt(images)
 
 
+def adaptations(episode: Episode, *, domains: int, together: bool) -> Step:
+    """Students for several domains, in one pass or one after the other."""
+    made = adapter(episode)
+    images = torch.stack([as_delivered(episode.images(episode.setting.support)) for _ in range(domains)])
+    return lambda: made.adapt_many(images) if together else [made.adapt(part) for part in images]
+
+
 def prediction(episode: Episode) -> Step:
     """What the adapted student says of the query images."""
     student, images = adapter(episode).adapt(as_delivered(episode.x_support)), as_delivered(episode.x_query)
     return lambda: student.predict(images)
 
 
+def experts(episode: Episode) -> list[Network]:
+    """Laid out in memory as a run has them."""
+    return [in_layout(expert, torch.channels_last) for expert in episode.experts()]
+
+
 def adapter(episode: Episode) -> Adapter:
     return Adapter(
-        features=episode.student.features,
+        features=in_layout(episode.student, torch.channels_last).features,
         head=episode.student.head,
-        experts=[expert.features for expert in episode.experts()],
+        experts=[expert.features for expert in experts(episode)],
+        expert_precision=episode.precision,
         aggregator=episode.teacher,
         inner_lr=INNER_LR,
         inner_steps=episode.setting.inner_steps,
@@ -93,7 +110,7 @@ class InMemory(DomainSplit):
 
 def token_store(episode: Episode, *, batch_size: int) -> Step:
     """The tokens of the support images, written to disk by the stage that a run has for it."""
-    pool = ExpertPool(expert.features for expert in episode.experts())
+    pool = ExpertPool((expert.features for expert in experts(episode)), precision=episode.precision)
     split = InMemory(as_delivered(episode.x_support).cpu())
 
     def step() -> None:
