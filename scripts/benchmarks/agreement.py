@@ -175,7 +175,7 @@ def _stored_row(storage: str, by_backbone: Mapping[str, float], place: Place) ->
     found = _row("target features from stored tokens", storage, by_backbone, 0.0, place)
     largest = max(by_backbone, key=lambda backbone: by_backbone[backbone])
     what = f"largest relative difference from float32 tokens, at {largest}"
-    return {**found, "name": f"agreement, target features from tokens stored as {storage}", "what": what}
+    return {**found, "name": f"agreement, target features from tokens stored as {storage}", "what": what, "baseline": None}
 
 
 def _of_fast(fast: Callable[[Case], Found], case: Case, plain: Found) -> float | None:

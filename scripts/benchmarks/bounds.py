@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmoe.meta.gradient import distillation_loss
 from dmoe.meta.learner import Way
@@ -29,6 +30,7 @@ def meta_passes(episode: Episode, *, way: Way) -> Step:
     def inner(p: Mapping[str, Tensor], images: Tensor, t: Tensor) -> Tensor:
         return distillation_loss(functional_call(features, (dict(p), buffers), (images,)), t)
 
+    @sdpa_kernel(SDPBackend.MATH)
     def step() -> None:
         leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
         wanted = list(leaves.values())

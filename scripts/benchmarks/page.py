@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from dmoe.errors import UserError
 from scripts.benchmarks.measuring import spread
 
 Row = Mapping[str, Any]
-TABLE = re.compile(r"(<!-- rows: (?P<names>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-"""A place for a table of the rows whose names begin with one of the given ones; what stands in it is replaced."""
+PLACE = re.compile(r"(<!-- (?P<kind>\w+): (?P<names>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""Where something is put: ``<!-- rows: meta_96 latency -->`` up to ``<!-- end -->``, a table of the rows of these names."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -42,20 +42,34 @@ def with_row(rows: Sequence[Row], fresh: Row) -> list[Row]:
 
 
 def fill(path: Path, rows: Sequence[Row]) -> None:
-    """Make every table of a page anew.
+    """Make every table of rows on a page anew."""
+    fill_places(path, "rows", lambda names: table(rows, names))
+
+
+def fill_places(path: Path, kind: str, made: Callable[[Sequence[str]], str]) -> None:
+    """Put something new into all places of a kind on a page, made from the names that stand there.
 
     Raises:
-        UserError: the page is missing, or has no place for a table.
+        UserError: the page is missing, or has no such place.
     """
+    count = 0
+
+    def filled(place: re.Match[str]) -> str:
+        nonlocal count
+        if place["kind"] != kind:
+            return place[0]
+        count += 1
+        return place[1] + made(place["names"].split()) + place[4]
+
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    filled, count = TABLE.subn(lambda place: place[1] + table(rows, place["names"].split()) + place[3], text)
+    text = PLACE.sub(filled, text)
     if not count:
-        raise UserError(f"{path}: has no place for rows, such as <!-- rows: meta_96 --> ... <!-- end -->")
+        raise UserError(f"{path}: has no place such as <!-- {kind}: name --> ... <!-- end -->")
     with written_whole(path) as beside:
-        beside.write_text(filled, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:

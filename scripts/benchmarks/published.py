@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dmoe.meta.gradient import Loss
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import without_own_expert
 from dmoe.models.networks import Network
@@ -24,6 +26,7 @@ def live_tokens(experts: Sequence[Network], images: Tensor) -> Tensor:
         return torch.stack([expert.features(images) for expert in experts], dim=1)
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the fused kernels of attention cannot be differentiated twice
 def add_meta_gradients(
     student: Network,
     teacher: nn.Module,
@@ -36,6 +39,7 @@ def add_meta_gradients(
     inner_steps: int = 1,
     share: float = 1.0,
     query_before: bool = True,
+    loss: Loss = F.cross_entropy,
 ) -> None:
     """Add ``share`` of an episode's outer gradient to ``.grad`` of everything that learns, from masked tokens.
 
@@ -53,12 +57,12 @@ def add_meta_gradients(
     before = student.head(features(theta, query)) if query_before else None
     if before is not None:
         with torch.no_grad():
-            F.cross_entropy(before, labels).item()
+            loss(before, labels).item()
     for _ in range(inner_steps):
         inner = (features(theta, support) - target).square().mean()
         gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
         theta = {name: value - inner_lr * g for (name, value), g in zip(theta.items(), gradients, strict=True)}
-    (share * F.cross_entropy(student.head(features(theta, query)), labels)).backward()
+    (share * loss(student.head(features(theta, query)), labels)).backward()
 
 
 def meta_step(episode: Episode, *, live: bool = True, query_before: bool = True) -> Step:

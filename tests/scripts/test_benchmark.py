@@ -310,5 +310,5 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_a_page_without_a_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("# Page\n")
-    with pytest.raises(UserError, match="has no place for rows"):
+    with pytest.raises(UserError, match="has no place such as <!-- rows: name -->"):
         page.fill(tmp_path / "page.md", [])
