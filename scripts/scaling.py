@@ -35,9 +35,10 @@ from dmoe.errors import UserError
 from dmoe.machine import keep_freed_memory
 from dmoe.memory import peak_bytes
 from dmoe.meta.learner import EpisodeBatch, Way
+from dmoe.meta_stage import meta_learner
 from dmoe.model import build_aggregator
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run, meta_learner
+from dmoe.stages import Run
 from dmoe.tasks import Task
 from scripts.benchmarks import page, published
 from scripts.benchmarks.measuring import Place

@@ -22,11 +22,12 @@ from dmoe.data.registry import load_dataset
 from dmoe.data.streams import EpochOrder
 from dmoe.machine import keep_freed_memory
 from dmoe.meta.training import meta_train
+from dmoe.meta_stage import gradient_way, meta_learner
 from dmoe.model import build_aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import in_layout
 from dmoe.run_folder import RunFolder, Stage
-from dmoe.stages import Run, gradient_way, meta_learner
+from dmoe.stages import Run
 from dmoe.supervised import train_supervised
 from dmoe.tokens import build_store
 from scripts.benchmarks import published as plain
