@@ -169,7 +169,11 @@ def told(facts: Mapping[str, Any]) -> str:
 
 
 def spread(value: float, ends: Sequence[float] | None = None) -> str:
-    return f"{value:.3g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends is not None and ends[0] < ends[1] else "")
+    return _short(value) + (f" ({_short(ends[0])} to {_short(ends[1])})" if ends is not None and ends[0] < ends[1] else "")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _values(criterion: Criterion, measurements: Sequence[Side], clock: str) -> list[float]:
