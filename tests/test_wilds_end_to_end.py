@@ -550,13 +550,13 @@ def test_published_checkpoints_are_tested_as_a_straight_line_of_torch_does(
 ) -> None:
     theirs = published(name)
     methods: dict[str, Method] = {}
-    original = Run.evaluate
+    original = Run.evaluate_all
 
-    def watched(run: Run, method: Method, split: str, **protocol: Any) -> Evaluation:
-        methods[protocol["name"]] = method
-        return original(run, method, split, **protocol)
+    def watched(run: Run, tested: Mapping[str, Method], split: str, **protocol: Any) -> dict[str, Evaluation]:
+        methods.update(tested)
+        return original(run, tested, split, **protocol)
 
-    monkeypatch.setattr(Run, "evaluate", watched)
+    monkeypatch.setattr(Run, "evaluate_all", watched)
     words = [f"data.image_size={SIZE}", "data.workers=0", f"meta.inner_lr={INNER_LR[name]}", "experts.backbone.weights=none"]
     words += [f"evaluation.support_size={SUPPORT}", f"evaluation.expert_batch_norm={expert_batch_norm}"]
     words += ["meta.support_size=3", "meta.query_size=2"]
