@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 import weakref
 from collections import deque
@@ -20,7 +21,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -61,6 +61,8 @@ class _Slot:
         self._bytes = np.frombuffer(shared, dtype=np.uint8)
         self._tensor = torch.from_numpy(self._bytes)
         self._used = 0
+        self.is_asked, self.lent_at = False, 0.0
+        self._lent: weakref.ref[np.ndarray] | None = None
 
     def clear(self) -> None:
         self._used = 0
@@ -77,10 +79,15 @@ class _Slot:
         _tensor_at(self._tensor, place).copy_(tensor)
         return place
 
-    def lend(self, when_returned: Callable[[], object]) -> Tensor:
-        """All bytes of the slot; calls back once no tensor that was made from them is left."""
+    @property
+    def is_free(self) -> bool:
+        """Whether it was neither asked for nor is held. Looked up, not told: what a weak reference calls would swallow a Ctrl-C."""
+        return not self.is_asked and (self._lent is None or self._lent() is None)
+
+    def lend(self) -> Tensor:
+        """All bytes of the slot; it is in use until no tensor that was made from them is left."""
         lent = self._bytes[:]
-        weakref.finalize(lent, when_returned).atexit = False
+        self._lent, self.is_asked, self.lent_at = weakref.ref(lent), False, time.monotonic()
         return torch.from_numpy(lent)
 
     def _reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Place:
@@ -158,7 +165,7 @@ class _Reader:
 
     def __init__(self, make: Callable[[int], object]) -> None:
         self._slots = [_Slot() for _ in range(SLOTS)]
-        self._free, self.asked = list(range(SLOTS)), deque[tuple[int, int]]()
+        self.asked = deque[tuple[int, int]]()
         fork = get_context("fork")  # memory without a name can only be inherited, and so can a function within a function
         self.pipe, theirs = fork.Pipe()
         self._process = fork.Process(target=_serve, args=(make, self._slots, theirs, os.getpid()), daemon=True)
@@ -167,10 +174,13 @@ class _Reader:
 
     @property
     def is_free(self) -> bool:
-        return len(self._free) > 0 and len(self.asked) < ASKED_AT_ONCE
+        return len(self.asked) < ASKED_AT_ONCE and any(slot.is_free for slot in self._slots)
 
     def ask(self, step: int) -> None:
-        request = step, self._free.pop()  # the slot that was returned last is still in the caches
+        free = [number for number, slot in enumerate(self._slots) if slot.is_free]
+        number = max(free, key=lambda number: self._slots[number].lent_at)  # it is still in the caches
+        self._slots[number].is_asked = True
+        request = step, number
         self.asked.append(request)
         try:
             self.pipe.send(request)
@@ -184,7 +194,7 @@ class _Reader:
         except (EOFError, ConnectionError):
             raise self._ended() from None
         step, number = self.asked.popleft()
-        return step, _Made(note, self._slots[number], partial(self._free.append, number))
+        return step, _Made(note, self._slots[number])
 
     def end(self) -> None:
         self._process.kill()  # it has nothing to put in order
@@ -201,15 +211,14 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Made:
-    """A reader's answer: a note, the slot that it speaks of, and how to return that."""
+    """A reader's answer: a note, and the slot that it speaks of."""
 
     note: bytes
     slot: _Slot
-    give_back: Callable[[], None]
 
     def batch(self, *, pinned: bool) -> Any:
         """The batch; an error that it ended in is raised."""
-        batch = _Unpickler(io.BytesIO(self.note), self.slot.lend(self.give_back), pinned=pinned).load()
+        batch = _Unpickler(io.BytesIO(self.note), self.slot.lend(), pinned=pinned).load()
         if isinstance(batch, Exception):
             raise batch
         return batch

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from multiprocessing import Value, active_children
@@ -248,3 +249,18 @@ def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() - began < seconds
         time.sleep(0.01)
+
+
+def test_nothing_is_called_when_a_slot_is_returned_for_a_ctrl_c_to_get_lost_in() -> None:
+    slot = readers._Slot()
+    tensor = slot.lend()
+    assert not slot.is_free
+    assert slot._lent is not None
+    held = slot._lent()
+    assert held is not None
+    assert [reference.__callback__ for reference in weakref.getweakrefs(held)] == [None]
+    part = tensor[:3]
+    del held, tensor
+    assert not slot.is_free
+    del part
+    assert slot.is_free
