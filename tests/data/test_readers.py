@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Value, active_children
 from pathlib import Path
@@ -239,7 +240,11 @@ def test_readers_end_with_the_process_that_asks_them(how: signal.Signals, group:
         os.killpg(program.pid, how)  # as Ctrl-C does
     else:
         program.send_signal(how)
-    wait_until(lambda: not any(is_there(process) for process in processes))
+    try:
+        wait_until(lambda: not any(is_there(process) for process in processes))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
     assert program.stderr.read().count("Traceback") == (1 if group else 0)  # that of the asking process
     program.wait()
 
