@@ -6,7 +6,7 @@ import os
 import pickle
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,65 @@ from torch import Tensor, nn
 
 from dmoe.errors import UserError
 
+ABOUT = "dmoe"
+"""The one entry of our own files' metadata, several would come in any order: facts and a sum. Other files need none."""
+
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; it takes the name ``path`` once it is complete and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def written_whole(path: Path, *, keep: Path | None = None) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it takes the name ``path`` once it is complete and on disk.
+
+    Args:
+        keep: the name that what was at ``path`` takes then.
+
+    Raises:
+        UserError: the disk is full, or nothing can be written there; what was at ``path`` is untouched.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         beside.replace(path)
+        _flush_names(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What to tell of an error in writing a file."""
+    why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    way = "make room or choose another --run_dir; the same command goes on from what is there"
+    return UserError(f"{path}: cannot be written: {why}: {way}")
+
+
+def _flush_names(folder: Path) -> None:
+    """A new name is on disk when its folder is."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:  # some network file systems cannot; they keep names in order by themselves
+        pass
+    finally:
+        os.close(number)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether the file is one that :func:`written_whole` is writing, in this process or another."""
-    return path.name.startswith(".") and path.suffix == ".part"
+    """Whether the file is one that :func:`written_whole` is writing, in this process or another, or was when it was killed."""
+    return path.name.startswith(".") and (path.suffix == ".part" or path.name.startswith(".tmp"))
+
+
+def sweep(folder: Path) -> None:
+    """Drop what killed processes were writing in a folder that nobody else writes into now."""
+    for path in folder.iterdir():
+        if is_unfinished(path) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -59,30 +100,52 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-    """Write named tensors and a few JSON facts into one safetensors file."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None, *, keep: Path | None = None
+) -> None:
+    """Write named tensors and a few JSON facts into one safetensors file, with a sum over both.
+
+    Args:
+        keep: see :func:`written_whole`.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with written_whole(path) as beside:
-        save_file(contiguous, beside, metadata={"facts": json.dumps(dict(facts or {}))})
+    about: dict[str, Any] = {"facts": dict(facts or {})}
+    about["sha256"] = _digest_of_tensors(contiguous, about["facts"])
+    with written_whole(path, keep=keep) as beside:
+        save_file(contiguous, beside, metadata={ABOUT: json.dumps(about)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the facts of a safetensors file; a ``.pth`` file of a state dict has no facts.
 
     Raises:
-        UserError: the file is missing, cut off, or holds anything but tensors.
+        UserError: the file is missing, cut off, changed since :func:`save_tensors` wrote it, or holds anything but tensors.
     """
     if path.suffix in (".pth", ".pt"):
         return _load_state_dict(path), {}
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+            about = json.loads((file.metadata() or {}).get(ABOUT, '{"facts": {}}'))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({why}): delete it or bring it again") from None
+    if not isinstance(about, dict) or not isinstance(facts := about.get("facts"), dict):
+        raise UserError(f"{path}: damaged, its facts are no JSON object: delete it or bring it again")
+    if "sha256" in about and about["sha256"] != _digest_of_tensors(tensors, facts):
+        raise UserError(f"{path}: changed since it was written: delete it or bring it again")
+    return tensors, facts
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    found = hashlib.sha256(json.dumps(facts).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(errors="surrogatepass"))
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 _DAMAGED = (

@@ -1,6 +1,7 @@
 """What both entry points share: flags, exit statuses, opening a run. Nothing heavy is imported until the flags are read."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dmoe.errors import UserError
+from dmoe.interruption import Interrupted, heed_signals
 from dmoe.machine import choose_device, cores, keep_freed_memory
 
 if TYPE_CHECKING:
@@ -158,7 +160,8 @@ def _groups(
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point; the user's mistakes end in one line and status 2, Ctrl-C in one line and status 130."""
+    """Run an entry point; the user's mistakes end in one line and status 2, Ctrl-C and SIGTERM in one line and 130 or 143."""
+    heed_signals()
     try:
         main()
         status = 0
@@ -168,10 +171,27 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = PIPE_CLOSED
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt) as asked:
         print("interrupted: everything finished so far is kept; the same command goes on from there", file=sys.stderr)
-        status = INTERRUPTED
+        status = asked.status if isinstance(asked, Interrupted) else INTERRUPTED
+    except Exception as error:
+        way = _way_out(error)
+        if way is None:
+            raise
+        print(f"error: {way}", file=sys.stderr)
+        status = WRONG_INPUT
     sys.exit(status)
+
+
+def _way_out(error: Exception) -> str | None:
+    """What to tell of an error that the machine's limits lie behind; None: it is a fault in the program."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"{error.filename or 'a file'}: cannot be written: {error.strerror}: make room, the same command goes on"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        told = " ".join(str(error).split())[:120]
+        return f"the GPU's memory is too small ({told}): a smaller batch_size of the stage that was at work, or --gpu -1, helps"
+    return None
 
 
 def _text(path: Path | None) -> str | None:

@@ -1,24 +1,33 @@
 """The one loop under every training: steps, checkpoints, evaluation, the best weights kept, bars and scalars.
 
 What a step does is the caller's. A training that was cut off at any moment and taken up again ends in the very numbers of one
-that was not: a checkpoint holds all state, and steps take their randomness from their number.
+that was not: a checkpoint holds all state, and steps take their randomness from their number. Ctrl-C and SIGTERM wait for the end
+of the step and for a checkpoint of it.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from dmoe import interruption
 from dmoe.artifacts import load_into, load_tensors, save_tensors, under_prefix, with_prefix
-from dmoe.console import Scalars, progress_bar
-from dmoe.optimizers import ScheduledAdam
+from dmoe.console import Scalars, progress_bar, say
+from dmoe.errors import UserError
+from dmoe.optimizers import SKIPPED, ScheduledAdam
 from dmoe.run_folder import Stage
 
 LOG_EVERY = 20
 """Steps between scalars."""
+
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.safetensors", "checkpoint.previous.safetensors", "best.safetensors"
+
+SKIPPED_AT_MOST = 5
+"""Steps in a row without finite numbers; then the training has come to its end, and going on would only hide it."""
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Told (steps done, steps, scalars)."""
@@ -64,7 +73,13 @@ class Trainee:
 
 @dataclass
 class Progress:
-    """Where a training stands; saved with each checkpoint."""
+    """Where a training stands; saved with each checkpoint.
+
+    Attributes:
+        scores: of the evaluations, by steps done.
+        skipped: steps whose loss or gradient was no finite number.
+        skipped_in_a_row: the last ones, if they were such.
+    """
 
     step: int = 0
     best_score: float = -math.inf
@@ -72,6 +87,8 @@ class Progress:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     scores: list[tuple[int, float]] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def figures(self) -> dict[str, Any]:
         """For the manifest."""
@@ -80,7 +97,8 @@ class Progress:
     def summary(self) -> str:
         """For the user, in a few words."""
         best = f", best on validation {self.best_score:.3f} after step {self.best_step}" if self.best_step >= 0 else ""
-        return f"{self.step} steps in {self.seconds:.0f} s{best}"
+        skipped = f", {self.skipped} of them skipped" if self.skipped else ""
+        return f"{self.step} steps in {self.seconds:.0f} s{skipped}{best}"
 
 
 def run(
@@ -94,44 +112,69 @@ def run(
     evaluate_every: int = 0,
     checkpoint_every: int,
     report: Report | None = None,
+    describe: Callable[[int], str] | None = None,
 ) -> Progress:
     """Train, or go on training, until the stage is done; the modules then hold the best weights, and so does the stage's file.
 
     Args:
-        step: performs the step of that number, returns scalars.
+        step: performs the step of that number, returns scalars; one is ``skipped`` where it did nothing.
         start: told once, before the first step, which number that is.
         evaluate: a score, higher is better; None keeps the last weights.
         evaluate_every: steps between evaluations; there is one after the last step in any case.
         report: called now and then.
+        describe: what a step trains on, for people.
+
+    Raises:
+        UserError: loss or gradient of several steps in a row were no finite numbers, or a file cannot be written or read.
     """
-    checkpoint, best = stage.folder / "checkpoint.safetensors", stage.folder / "best.safetensors"
+    best = stage.folder / BEST
     progress = _resume(stage, trainee)
     began, cpu_began = time.perf_counter() - progress.seconds, time.process_time() - progress.cpu_seconds
+
+    def is_due() -> bool:
+        """Whether an evaluation is."""
+        done = progress.step
+        if evaluate is None or (progress.scores and progress.scores[-1][0] == done):
+            return False
+        return done == steps or (done > 0 and evaluate_every > 0 and done % evaluate_every == 0)
+
+    def checkpoint() -> None:
+        progress.seconds, progress.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        facts = {"inputs": dict(stage.inputs), "progress": vars(progress)}
+        tensors = {**trainee.weights(), **trainee.moments()}
+        save_tensors(stage.folder / CHECKPOINT, tensors, facts, keep=stage.folder / PREVIOUS)
+
     start(progress.step)
     with (
         Scalars(stage.folder / "tensorboard", start=progress.step) as scalars,
         progress_bar(stage.name, total=steps, start=progress.step) as bar,
+        interruption.held(),
     ):
-        for number in range(progress.step, steps):
+        while progress.step < steps or is_due():
+            if is_due() and evaluate is not None:
+                with interruption.not_held():
+                    score = evaluate()
+                scalars.write(progress.step, {"validation": score})
+                progress.scores.append((progress.step, score))
+                if score > progress.best_score:
+                    progress.best_score, progress.best_step = score, progress.step
+                    save_tensors(best, trainee.weights())
+                checkpoint()
+                continue
+            number = progress.step
             values = step(number)
             done = progress.step = number + 1
             bar.update()
+            _watch(progress, values, stage, number, describe)
             if done % LOG_EVERY == 0 or done == steps:
                 scalars.write(done, values)
                 if report is not None:
                     report(done, steps, values)
-            due = evaluate is not None and (done == steps or (evaluate_every > 0 and done % evaluate_every == 0))
-            if due and evaluate is not None:
-                score = evaluate()
-                scalars.write(done, {"validation": score})
-                progress.scores.append((done, score))
-                if score > progress.best_score:
-                    progress.best_score, progress.best_step = score, done
-                    save_tensors(best, trainee.weights())
-            if due or done % checkpoint_every == 0 or done == steps:
-                progress.seconds, progress.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-                facts = {"inputs": dict(stage.inputs), "progress": vars(progress)}
-                save_tensors(checkpoint, {**trainee.weights(), **trainee.moments()}, facts)
+            if is_due() or done % checkpoint_every == 0 or done == steps or interruption.asked():
+                checkpoint()
+            if interruption.asked():
+                say(f"{stage.name}: step {done} of {steps} is done and saved")
+                interruption.let_through()
     if progress.best_step >= 0:
         trainee.load_weights(load_tensors(best)[0], where=str(best))
     save_tensors(stage.weights, trainee.weights())
@@ -140,16 +183,53 @@ def run(
 
 def tidy(stage: Stage) -> None:
     """Drop what only an unfinished training needs."""
-    for name in ("checkpoint.safetensors", "best.safetensors"):
+    for name in (CHECKPOINT, PREVIOUS, BEST):
         (stage.folder / name).unlink(missing_ok=True)
 
 
+def _watch(
+    progress: Progress, values: Mapping[str, float], stage: Stage, number: int, describe: Callable[[int], str] | None
+) -> None:
+    """Count steps that were skipped; the first is told, and too many in a row are the end."""
+    if not values.get(SKIPPED):
+        progress.skipped_in_a_row = 0
+        return
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    told = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if not math.isfinite(value))
+    if progress.skipped_in_a_row >= SKIPPED_AT_MOST:
+        where = f" ({describe(number)})" if describe is not None else ""
+        raise UserError(
+            f"{stage.name}: {told} in step {number}{where}, the {SKIPPED_AT_MOST}th step in a row without finite numbers: look at "
+            "these images, or choose a lower learning rate or a max_gradient_norm in another --run_dir"
+        )
+    if progress.skipped == 1:
+        say(f"{stage.name}: {told} in step {number}: it is skipped; others will be too, and counted")
+
+
 def _resume(stage: Stage, trainee: Trainee) -> Progress:
-    path = stage.folder / "checkpoint.safetensors"
-    if not path.exists():
-        return Progress()
+    """Take up the last checkpoint, or the one before it if the last is damaged."""
+    paths = [path for name in (CHECKPOINT, PREVIOUS) if (path := stage.folder / name).exists()]
+    for path in paths:
+        try:
+            tensors, inputs, progress = _read_checkpoint(path)
+        except UserError as error:
+            if path == paths[-1]:
+                raise
+            say(f"{error}; going on from {paths[-1].name}")
+            continue
+        stage.refuse_other_inputs(inputs, path)
+        trainee.load_weights(tensors, where=str(path))
+        trainee.load_moments(tensors)
+        return progress
+    return Progress()
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Progress]:
     tensors, facts = load_tensors(path)
-    stage.refuse_other_inputs(facts.get("inputs", {}), path)
-    trainee.load_weights(tensors, where=str(path))
-    trainee.load_moments(tensors)
-    return Progress(**{**facts["progress"], "scores": [tuple(entry) for entry in facts["progress"]["scores"]]})
+    try:
+        inputs, stands = dict(facts["inputs"]), facts["progress"]
+        scores = [(int(step), float(score)) for step, score in stands["scores"]]
+        return tensors, inputs, Progress(**{**stands, "scores": scores})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no checkpoint of a training ({type(error).__name__}: {error}): delete it") from None

@@ -32,6 +32,13 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return live.peak
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not get memory, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # on a CPU it has no class of its own
+    )
+
+
 def memory_budget(device: torch.device) -> int:
     """Bytes that one process should get along with on a device: a fixed part of what it has, not of what is free just now."""
     if device.type == "cuda":

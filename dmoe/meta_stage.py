@@ -51,7 +51,15 @@ def meta_train_student(
         learner = meta_learner(run, teacher, student)
         choice = gradient_way(run, learner)
         learner.way = choice.way
-        write_json(stage.folder / GRADIENT_FILE, {**asdict(choice), "memory_gb": config.memory_gb})
+
+        def note(choice: Choice) -> None:
+            write_json(stage.folder / GRADIENT_FILE, {**asdict(choice), "memory_gb": config.memory_gb})
+
+        def way_changed(way: Way) -> None:
+            note(Choice(way))
+            say(f"{stage.name}: memory did not suffice; going on by {Choice(way)}")
+
+        note(choice)
         say(f"{stage.name}: gradients by {choice}")
         return meta_train(
             stage=stage,
@@ -73,6 +81,7 @@ def meta_train_student(
             seed=seed_of(run.config.seed, "meta"),
             device=run.device,
             workers=run.workers,
+            way_changed=way_changed,
         )
 
     finished_or(train, stage, {"student": student, "aggregator": teacher})

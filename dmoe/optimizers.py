@@ -1,12 +1,15 @@
 """Adam with the schedules of the published recipes; a learning rate is a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from dmoe.config import OptimizerConfig
+
+SKIPPED = "skipped"
+"""The scalar, 1, of a step that left everything as it was, because its loss or gradient was no finite number."""
 
 
 class ScheduledAdam:
@@ -37,16 +40,22 @@ class ScheduledAdam:
             return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self._steps - warmup)))
         return config.lr
 
-    def step(self, step: int) -> float:
-        """Apply the gradients that the parameters hold, clear them, and return their norm before clipping."""
+    def clip(self) -> float:
+        """Scale down the gradients that the parameters hold to the configured norm; returns their norm before that."""
+        limit = self._config.max_gradient_norm
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf))
+
+    def step(self, step: int) -> None:
+        """Apply the gradients that the parameters hold, and clear them."""
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate(step)
-        limit = self._config.max_gradient_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf))
         self._align()
         self.adam.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients."""
         self.adam.zero_grad()
-        return norm
 
     def _align(self) -> None:
         """Lay out gradients and moments in memory as their parameters are: the fused Adam pairs numbers by where they lie."""
@@ -56,6 +65,26 @@ class ScheduledAdam:
             state = self.adam.state.get(parameter, {})
             for key, value in state.items():
                 state[key] = _like(value, parameter) if value.shape == parameter.shape else value
+
+
+def step_if_finite(step: int, values: Mapping[str, float], optimizers: Mapping[str, ScheduledAdam]) -> dict[str, float]:
+    """Clip and apply the gradients, unless one of them, or a value, is no finite number: then they are dropped and nothing changes.
+
+    Args:
+        values: scalars of the step, the loss among them.
+        optimizers: by the names that the norms of their gradients go by.
+
+    Returns:
+        The values, the norms, and :data:`SKIPPED` where nothing was changed.
+    """
+    found = {**values, **{name: optimizer.clip() for name, optimizer in optimizers.items()}}
+    finite = all(map(math.isfinite, found.values()))
+    for optimizer in optimizers.values():
+        if finite:
+            optimizer.step(step)
+        else:
+            optimizer.clear()
+    return found if finite else {**found, SKIPPED: 1.0}
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ configuration it depends on, and digests of what it was made from), the digests 
 """
 
 import fcntl
+import getpass
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +19,16 @@ from typing import Any
 
 import yaml
 
-from dmoe.artifacts import digest_of_facts, digest_of_file, is_unfinished, read_json, write_json, written_whole
+from dmoe.artifacts import (
+    cannot_write,
+    digest_of_facts,
+    digest_of_file,
+    is_unfinished,
+    read_json,
+    sweep,
+    write_json,
+    written_whole,
+)
 from dmoe.config import Config, first_difference, validate_config
 from dmoe.console import say
 from dmoe.errors import UserError
@@ -63,12 +74,19 @@ class Stage:
             return None
         manifest = read_json(self.manifest)
         self.refuse_other_inputs(manifest.get("inputs", {}), self.manifest)
-        for name, digest in manifest.get("files", {}).items():
+        self.refuse_damaged(manifest)
+        return manifest
+
+    def refuse_damaged(self, manifest: Mapping[str, Any]) -> None:
+        """Raise a UserError unless all files are as the manifest has them."""
+        files = manifest.get("files", {})
+        if not isinstance(files, dict):
+            raise UserError(f"{self.manifest}: damaged (files): delete {self.folder} to redo it")
+        for name, digest in files.items():
             path = self.folder / Path(name).name
             fault = "missing" if not path.is_file() else "changed or cut off" if digest_of_file(path) != digest else ""
             if fault:
                 raise UserError(f"{path}: {fault} since it was written: bring it back, or delete {self.folder} to redo it")
-        return manifest
 
     def refuse_other_inputs(self, inputs: Mapping[str, Any], path: Path) -> None:
         """Raise a UserError unless ``inputs``, read from ``path``, are this stage's own."""
@@ -80,24 +98,15 @@ class Stage:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Work on the stage while no other process does; waits for one that does, and says so.
+        """Work on the stage while no other process does; waits for one that does, and says whose it is.
 
-        The system lets go of the lock when the process ends, however it ends.
+        The system lets go of the lock when the process ends, however it ends. What was being written when it did is dropped.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / "lock", "a")
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written: {error.strerror}: choose another --run_dir") from None
-        with lock as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{self.name}: another process is at work in {self.folder}; waiting for it to end")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with alone_in(self.folder, self.name):
+            sweep(self.folder)
             yield
 
     def finish(self, *, files: list[Path], figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,10 +117,38 @@ class Stage:
             "files": {path.name: digest_of_file(path) for path in files},
             "figures": dict(figures),
             "versions": versions(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": _now(),
         }
         write_json(self.manifest, manifest)
         return manifest
+
+
+@contextmanager
+def alone_in(folder: Path, name: str) -> Iterator[None]:
+    """Work in a folder while no other process does; waits for one that does, and says whose it is.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = " ".join(lock.read(200).split()) or "another process"
+            say(f"{name}: {owner} is at work in {folder}; waiting for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # a full disk leaves no room even for a name
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} of {_user()} on {platform.node()}, since {_now()}\n")
+            lock.flush()
+        yield
 
 
 class RunFolder:
@@ -146,11 +183,8 @@ class RunFolder:
             return
         if taken:
             raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): choose another --run_dir")
-        try:
-            with written_whole(recorded) as beside:
-                beside.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}: choose another --run_dir") from None
+        with written_whole(recorded) as beside:
+            beside.write_text(yaml.safe_dump(ours, sort_keys=False), encoding="utf-8")
 
     def config(self) -> Config:
         """The configuration that the run was made by.
@@ -180,10 +214,12 @@ class RunFolder:
 
     def append_result(self, row: Mapping[str, Any]) -> None:
         """Add a line to ``results.jsonl``, unless the very same result is there already."""
-        if self.results.exists() and json.dumps(row) in self.results.read_text(encoding="utf-8").splitlines():
-            return
-        with open(self.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row)
+        with alone_in(self.path, "results"):
+            lines = self.results.read_text(encoding="utf-8", errors="replace").splitlines() if self.results.exists() else []
+            if line not in lines:
+                with written_whole(self.results) as beside:
+                    beside.write_text("".join(f"{each}\n" for each in (*lines, line)), encoding="utf-8")
 
 
 def _locked(config: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +229,17 @@ def _locked(config: dict[str, Any]) -> dict[str, Any]:
     meta = {key: value for key, value in config["meta"].items() if key != "memory_gb"}
     kept = {key: value for key, value in config.items() if key not in ("evaluation", "checkpoint_every")}
     return {**kept, "data": data, "experts": experts, "meta": meta}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from dmoe.config import BackboneConfig, Config, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
-from dmoe.data.streams import EpochOrder, stored_images, supervised_batches
+from dmoe.data.streams import EpochOrder, SupervisedBatches, stored_images
 from dmoe.data.transforms import random_views
 from dmoe.errors import UserError
 from dmoe.evaluation import Evaluation, Method, WithTokens, evaluate_all
@@ -129,13 +129,13 @@ class Run:
     ) -> Progress:
         """Train a network on the given source images, keeping the weights that are best on the validation domains."""
         key: tuple[Key, ...] = (self.config.seed, stage.name)
-        batch, steps_per_epoch = supervised_batches(self.source, members, batch_size=training.batch_size, key=key)
+        batches = SupervisedBatches(self.source, members, batch_size=training.batch_size, key=key)
         return train_supervised(
             stage=stage,
             module=network,
             logits=lambda pixels: network(self.source.finish(pixels)),
-            batch=batch,
-            steps_per_epoch=steps_per_epoch,
+            batch=batches,
+            steps_per_epoch=batches.steps_per_epoch,
             task=self.dataset.task,
             training=training,
             evaluate=lambda: self.score(network),
@@ -144,6 +144,7 @@ class Run:
             device=self.device,
             workers=self.workers,
             report=report,
+            describe=lambda step: self.source.describe(batches.index(step)),
         )
 
     def score(self, network: Network) -> float:
@@ -291,6 +292,7 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
             checkpoint_every=run.config.checkpoint_every,
             seed=seed_of(*key),
             device=run.device,
+            describe=lambda step: run.source.describe(order[step]),
         )
 
     if only_load and run.published is not None and stage.finished() is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dmoe.config import TrainingConfig
 from dmoe.data.streams import stream
 from dmoe.loop import Progress, Report, Trainee, run
-from dmoe.optimizers import ScheduledAdam
+from dmoe.optimizers import SKIPPED, ScheduledAdam, step_if_finite
 from dmoe.precision import computing_in, not_coarse
 from dmoe.randomness import seed_of
 from dmoe.run_folder import Stage
@@ -30,6 +30,7 @@ def train_supervised(
     device: torch.device,
     workers: int = 0,
     report: Report | None = None,
+    describe: Callable[[int], str] | None = None,
 ) -> Progress:
     """Train ``module`` on labeled batches by the task loss; it ends with its best weights, in eval mode.
 
@@ -38,11 +39,14 @@ def train_supervised(
         batch: inputs and labels of a step, a pure function of its number.
         evaluate: a score, higher is better; called with ``module`` in eval mode.
         seed: of dropout.
+        describe: see :func:`dmoe.loop.run`.
     """
     steps = training.duration.steps(steps_per_epoch)
     # The aggregator's output map has no part in its pretraining: Adam leaves alone what has no gradient.
     adam = ScheduledAdam(module.parameters(), training.optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
     batches: Iterator[tuple[Tensor, Tensor]] = iter(())  # replaced at the start, when the loop knows where it goes on
+    buffers = list(module.buffers())  # statistics of batch-norm, which a batch that is no good would spoil for ever
+    before = [buffer.clone() for buffer in buffers]
 
     def start(first: int) -> None:
         nonlocal batches
@@ -51,14 +55,20 @@ def train_supervised(
 
     def step(number: int) -> dict[str, float]:
         inputs, labels = next(batches)
+        for kept, buffer in zip(before, buffers, strict=True):
+            kept.copy_(buffer)
         torch.manual_seed(seed_of(seed, "dropout", number))
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with computing_in(training.precision, device):
             said = logits(inputs)
         loss = task.loss(not_coarse(said), labels)
         loss.backward()
-        norm = adam.step(number)
-        return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": adam.learning_rate(number)}
+        values = {"loss": loss.item(), "learning_rate": adam.learning_rate(number)}
+        values = step_if_finite(number, values, {"gradient_norm": adam})
+        if SKIPPED in values:
+            for kept, buffer in zip(before, buffers, strict=True):
+                buffer.copy_(kept)
+        return values
 
     def score() -> float:
         assert evaluate is not None
@@ -77,6 +87,7 @@ def train_supervised(
         evaluate_every=training.evaluate_every.steps(steps_per_epoch),
         checkpoint_every=checkpoint_every,
         report=report,
+        describe=describe,
     )
     module.eval()
     return progress

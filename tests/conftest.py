@@ -1,5 +1,6 @@
 """What every test needs."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,3 +40,15 @@ def wilds_root(tmp_path_factory: pytest.TempPathFactory) -> "WildsRoot":
     from wilds_sample import WildsRoot
 
     return WildsRoot(tmp_path_factory.mktemp("wilds"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("file systems can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from told import names, one_line
 from torch import nn
 
@@ -15,6 +16,7 @@ from dmoe.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
+    sweep,
     under_prefix,
     with_prefix,
     write_json,
@@ -181,4 +183,49 @@ def test_digest_of_file_is_sha256(tmp_path: Path) -> None:
 def test_facts_are_json_in_the_safetensors_header(weights: Path) -> None:
     size = int.from_bytes(weights.read_bytes()[:8], "little")
     header = json.loads(weights.read_bytes()[8 : 8 + size])
-    assert json.loads(header["__metadata__"]["facts"]) == {"step": 7}
+    assert json.loads(header["__metadata__"]["dmoe"])["facts"] == {"step": 7}
+
+
+@pytest.mark.parametrize("place", [-1, -9, 150])
+def test_one_changed_bit_in_weights_or_facts_is_told(weights: Path, place: int) -> None:
+    content = bytearray(weights.read_bytes())
+    content[place] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_tensors(weights)
+    assert one_line(caught).startswith(f"{weights}: ")
+
+
+def test_weights_that_others_wrote_need_no_sum(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3)}, tmp_path / "file", metadata={"facts": "theirs", "sha256": "of something"})
+    loaded, facts = load_tensors(tmp_path / "file")
+    assert torch.equal(loaded["a"], torch.arange(3)) and facts == {}
+
+
+def test_what_was_there_can_be_kept_under_another_name(tmp_path: Path) -> None:
+    for content in ("one", "two", "three"):
+        with written_whole(tmp_path / "file", keep=tmp_path / "before") as beside:
+            beside.write_text(content)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "three", "before": "two"}
+
+
+def test_what_killed_processes_left_is_swept_away(tmp_path: Path) -> None:
+    for name in (".weights.safetensors.123.part", ".tmpAbC123", "weights.safetensors", ".hidden", "tmp"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert names(tmp_path) == [".hidden", "tmp", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("way", ["tensors", "json"])
+def test_full_disk_is_told_and_what_was_there_stays(small_disk: Path, way: str) -> None:
+    path = small_disk / "file"
+    save_tensors(path, {"a": torch.zeros(9)})
+    before = path.read_bytes()
+    with pytest.raises(UserError) as caught:
+        if way == "tensors":
+            save_tensors(path, {"a": torch.zeros(1_000_000)})
+        else:
+            write_json(path, {"a": "b" * 4_000_000})
+    assert one_line(caught).startswith(f"{path}: cannot be written: ") and "No space left" in one_line(caught)
+    assert path.read_bytes() == before
+    assert names(small_disk) == ["file"]

@@ -1,6 +1,9 @@
 """A training that is cut off anywhere and taken up again ends in the numbers of one that was not."""
 
-from collections.abc import Callable, Mapping
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from dmoe import loop
 from dmoe.artifacts import load_tensors, save_tensors
 from dmoe.config import OptimizerConfig
 from dmoe.errors import UserError
+from dmoe.interruption import HEEDED, Interrupted, heed_signals
 from dmoe.loop import Progress, Trainee
 from dmoe.optimizers import ScheduledAdam
 from dmoe.randomness import generator
@@ -90,6 +94,16 @@ class Training:
         )
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """Signals are treated as in the entry points."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in HEEDED}
+    heed_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:
@@ -135,12 +149,12 @@ def test_cut_off_around_the_writing_of_any_file_and_resumed_is_bit_equal(
 ) -> None:
     written: list[str] = []
 
-    def save(path: Path, *content: Mapping) -> None:
+    def save(path: Path, *content: Mapping, keep: Path | None = None) -> None:
         written.append(path.name)
         here = path.name == file and written.count(file) == nth + 1
         if here and moment == "before":
             raise CutOffError
-        save_tensors(path, *content)
+        save_tensors(path, *content, keep=keep)
         if here:
             raise CutOffError
 
@@ -236,13 +250,133 @@ def test_checkpoint_made_from_other_inputs_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
-def test_cut_off_checkpoint_file_is_told_in_one_line(tmp_path: Path) -> None:
-    cut_off(tmp_path, "step", 5)
-    path = tmp_path / "checkpoint.safetensors"
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_last_bit])
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, undisturbed: tuple, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    cut_off(tmp_path, "step", 11)
+    damage(tmp_path / "checkpoint.safetensors")
+    training = Training(tmp_path)
+    progress = training.run()
+    assert training.began == 8  # the checkpoint of the evaluation before
+    assert_equal(load_tensors(training.stage.weights)[0], undisturbed[0])
+    assert progress.scores == undisturbed[1]
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1 and told[0].endswith("going on from checkpoint.previous.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"), [(cut, "not a whole safetensors file"), (flip_last_bit, "changed since it was written")]
+)
+def test_two_damaged_checkpoints_are_told_in_one_line(tmp_path: Path, damage: Callable[[Path], None], why: str) -> None:
+    cut_off(tmp_path, "step", 11)
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        damage(tmp_path / name)
     with pytest.raises(UserError) as caught:
         Training(tmp_path).run()
-    assert str(caught.value).startswith(f"{path}: not a whole safetensors file")
+    assert str(caught.value).startswith(f"{tmp_path / 'checkpoint.previous.safetensors'}: {why}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("facts", [{}, {"inputs": {"seed": 1}}, {"inputs": {"seed": 1}, "progress": {"stop": 3}}, {"progress": 1}])
+def test_weights_that_are_no_checkpoint_are_told_in_one_line(tmp_path: Path, facts: dict) -> None:
+    save_tensors(tmp_path / "checkpoint.safetensors", Training(tmp_path).weights(), facts)
+    with pytest.raises(UserError, match="no checkpoint of a training") as caught:
+        Training(tmp_path).run()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [0, 3, 6, STEPS - 1])
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_a_step_ends_after_a_checkpoint_of_it(
+    tmp_path: Path, undisturbed: tuple, heeding: None, number: int, which: signal.Signals
+) -> None:
+    def interrupt(what: str, at: int) -> bool:
+        if (what, at) == ("step", number):
+            os.kill(os.getpid(), which)
+        return False
+
+    with pytest.raises(Interrupted) as caught:
+        Training(tmp_path, cut=interrupt).run()
+    assert caught.value.status == 128 + which
+    training = Training(tmp_path)
+    progress = training.run()
+    assert training.began == number + 1
+    assert_equal(load_tensors(training.stage.weights)[0], undisturbed[0])
+    assert progress.scores == undisturbed[1]
+
+
+def test_signal_in_an_evaluation_ends_it_at_once_and_no_step_is_lost(tmp_path: Path, undisturbed: tuple, heeding: None) -> None:
+    def interrupt(what: str, at: int) -> bool:
+        if (what, at) == ("evaluate", 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the evaluation goes on")
+        return False
+
+    with pytest.raises(Interrupted):
+        Training(tmp_path, cut=interrupt).run()
+    training = Training(tmp_path)
+    assert training.run().scores == undisturbed[1]
+    assert training.began == 8
+    assert_equal(load_tensors(training.stage.weights)[0], undisturbed[0])
+
+
+class Stumbling(Training):
+    """Some of its steps find no finite numbers."""
+
+    bad: range
+
+    def step(self, number: int) -> dict[str, float]:
+        if number in self.bad:
+            self.done = number + 1
+            return {"loss": math.nan, "skipped": 1.0}
+        return super().step(number)
+
+    def run(self, *, evaluate: bool = True) -> Progress:
+        return loop.run(
+            stage=self.stage,
+            trainee=Trainee(modules={"body": self.body, "head": self.head}, optimizers=self.adams),
+            step=self.step,
+            steps=STEPS,
+            start=self.start,
+            checkpoint_every=1,
+            describe=lambda number: f"domain 3: image {number}",
+        )
+
+
+def test_skipped_steps_are_counted_and_the_first_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Stumbling.bad = range(3, 7)
+    progress = Stumbling(tmp_path).run()
+    assert (progress.skipped, progress.skipped_in_a_row) == (4, 0)
+    assert "4 of them skipped" in progress.summary()
+    assert [line for line in capsys.readouterr().out.splitlines() if "loss nan in step 3" in line]
+
+
+def test_many_skipped_steps_in_a_row_end_the_training_also_across_a_cut(tmp_path: Path) -> None:
+    Stumbling.bad = range(3, 9)
+    with pytest.raises(CutOffError):
+        training = Stumbling(tmp_path)
+        step = training.step
+
+        def cut(number: int) -> dict[str, float]:
+            if number == 5:
+                raise CutOffError
+            return step(number)
+
+        training.step = cut  # type: ignore[method-assign]
+        training.run()
+    with pytest.raises(UserError, match=r"loss nan in step 7 \(domain 3: image 7\)") as caught:
+        Stumbling(tmp_path).run()
     assert "\n" not in str(caught.value)
 
 

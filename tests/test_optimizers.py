@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import Duration, OptimizerConfig
-from dmoe.optimizers import ScheduledAdam
+from dmoe.optimizers import SKIPPED, ScheduledAdam, step_if_finite
 
 STEPS, PER_EPOCH = 40, 10
 
@@ -26,7 +26,8 @@ def steps_of(adam: ScheduledAdam, gradients: list[Tensor], start: int = 0) -> li
     norms = []
     for number, gradient in enumerate(gradients, start):
         adam.parameters[0].grad = gradient.clone()
-        norms.append(adam.step(number))
+        norms.append(adam.clip())
+        adam.step(number)
     return norms
 
 
@@ -101,7 +102,29 @@ def test_gradients_of_all_parameters_are_clipped_together() -> None:
     one, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
     adam = scheduled([one, other], max_gradient_norm=1.0)
     one.grad, other.grad = torch.tensor([3.0]), torch.tensor([4.0])
-    assert adam.step(0) == pytest.approx(5.0)
+    assert adam.clip() == pytest.approx(5.0)
+    assert torch.cat([one.grad, other.grad]).tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["a gradient", "a value"])
+def test_without_finite_numbers_no_optimizer_does_anything(gradients: list[Tensor], bad: str) -> None:
+    adams = {name: scheduled([torch.ones(3, requires_grad=True)]) for name in ("one norm", "other norm")}
+    for number, gradient in enumerate(gradients):
+        for adam in adams.values():
+            adam.parameters[0].grad = gradient.clone()
+        assert SKIPPED not in step_if_finite(number, {"loss": 1.0}, adams)
+    weights = {name: adam.parameters[0].clone() for name, adam in adams.items()}
+    moments = {name: adam.adam.state[adam.parameters[0]]["exp_avg"].clone() for name, adam in adams.items()}
+    for adam in adams.values():
+        adam.parameters[0].grad = gradients[0].clone()
+    if bad == "a gradient":
+        adams["other norm"].parameters[0].grad = torch.tensor([1.0, math.nan, 1.0])
+    values = step_if_finite(3, {"loss": math.inf if bad == "a value" else 1.0}, adams)
+    assert values[SKIPPED] == 1.0 and set(values) == {"loss", "one norm", "other norm", SKIPPED}
+    for name, adam in adams.items():
+        assert torch.equal(adam.parameters[0], weights[name])
+        assert torch.equal(adam.adam.state[adam.parameters[0]]["exp_avg"], moments[name])
+        assert adam.parameters[0].grad is None
 
 
 def test_a_step_clears_the_gradients(gradients: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """The supervised loop: what it computes, and that being cut off does not change it, dropout included."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.artifacts import load_tensors
-from dmoe.config import TrainingConfig
+from dmoe.config import Duration, TrainingConfig
 from dmoe.data.streams import EpochOrder
 from dmoe.loop import Progress
 from dmoe.run_folder import Stage
@@ -27,6 +28,8 @@ TRAINING = TrainingConfig.model_validate(
         "optimizer": {"lr": 0.02, "l2": 0.01, "schedule": "exponential", "warmup": "4 steps"},
     }
 )
+
+CONSTANT = TrainingConfig.model_validate({"batch_size": 8, "duration": "15 steps", "optimizer": {"lr": 0.02}})
 
 
 class CutOffError(Exception):
@@ -164,3 +167,18 @@ def test_bfloat16_trains_float32_weights_a_little_differently(tmp_path: Path) ->
     assert not equal(*found)
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=0.2, atol=0.1)
+
+
+def test_a_batch_without_finite_numbers_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training is that of the other steps alone, batch-norm statistics included."""
+    spoiled = {2, 3, 9}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{__name__}.batch", lambda step: (INPUTS[:8] * (math.nan if step in spoiled else 1.0), LABELS[:8]))
+        progress, found = train(tmp_path / "spoiled", network(dropout=0.0), training=CONSTANT, scored=False)
+        assert progress.skipped == 3
+        spoiled.clear()
+        short = CONSTANT.model_copy(update={"duration": Duration(12, "steps")})
+        _, expected = train(tmp_path / "short", network(dropout=0.0), training=short, scored=False)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name

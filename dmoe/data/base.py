@@ -15,6 +15,9 @@ from dmoe.data.decoded import DecodedImages
 from dmoe.data.transforms import ImageTransform
 from dmoe.tasks import Task
 
+SHOWN = 4
+"""Names in a message; of the others the number is told."""
+
 
 class DomainSplit(ABC):
     """The images of one split, by number; each has a label and belongs to a domain.
@@ -62,6 +65,17 @@ class DomainSplit(ABC):
         """Images as :meth:`images` gives them, from what :meth:`pixels` gave, on whatever device that is now."""
         return pixels
 
+    def name(self, number: int) -> str:
+        """What people know an image by: its file, where it has one."""
+        return f"image {number}"
+
+    def describe(self, index: Tensor) -> str:
+        """In a few words, which images ``[B]`` and of which domains."""
+        domains = [self.domain_names.get(d, str(d)) for d in self.domains[index].unique().tolist()]
+        images = [self.name(number) for number in index[:SHOWN].tolist()]
+        kind = "domain" if len(domains) == 1 else "domains"
+        return f"{kind} {_some(domains, len(domains))}: {_some(images, len(index))}"
+
     @cached_property
     def members(self) -> dict[int, Tensor]:
         """Image numbers of each domain, ascending: data-set order."""
@@ -80,6 +94,9 @@ class FirstImages(DomainSplit):
         self.group_domains, self.domain_names = split.group_domains[self._kept], split.domain_names
         self.views = split.views
 
+    def name(self, number: int) -> str:
+        return self._split.name(int(self._kept[number]))
+
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
         return self._split.images(self._kept[index], view=view, draw=draw)
 
@@ -92,6 +109,11 @@ class FirstImages(DomainSplit):
 
     def finish(self, pixels: Tensor) -> Tensor:
         return self._split.finish(pixels)
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    left = count - len(names[:SHOWN])
+    return ", ".join(names[:SHOWN]) + (f" and {left} more" if left else "")
 
 
 OfficialMetrics = Callable[[str, Tensor, Tensor], Mapping[str, float]]

@@ -76,6 +76,9 @@ class ImageFiles(DomainSplit):
         """The file of an image."""
         return Path(os.fsdecode(self._name(number)))
 
+    def name(self, number: int) -> str:
+        return str(self.path(number))
+
     def _name(self, number: int) -> bytes:
         below: bytes = self._paths[number]
         return os.path.join(self._root, below)  # noqa: PTH118 - a Path would take as long as a tenth of a small picture

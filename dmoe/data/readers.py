@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import pickle
-import signal
 import sys
 import time
 import traceback
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from dmoe.errors import UserError
+from dmoe.interruption import ignore_signals_of_others
 
 Batch = TypeVar("Batch")
 Place = tuple[int, torch.dtype, tuple[int, ...]]
@@ -227,7 +227,7 @@ class _Made:
 def _serve(make: Callable[[int], object], slots: Sequence[_Slot], pipe: "Connection[Any, Any]", parent: int) -> None:
     """The life of a reader."""
     global _filling  # noqa: PLW0603
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches readers too; whoever asks them ends them
+    ignore_signals_of_others()  # whoever asks them ends them
     torch.set_num_threads(1)  # those of the other process are not here
     while True:
         while not pipe.poll(SECONDS_BETWEEN_LOOKS):

@@ -58,18 +58,23 @@ def stored_images(
         yield split.finish(pixels.to(device, non_blocking=True))
 
 
-def supervised_batches(
-    split: DomainSplit, members: Tensor, *, batch_size: int, key: tuple[Key, ...]
-) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
-    """Freshly augmented images and labels of the given members of a split.
+class SupervisedBatches:
+    """Freshly augmented images and labels of some members of a split, by step.
 
-    Returns:
-        The batch of a step (pixels, for the split's ``finish``, and labels ``[B]``), and the number of steps in an epoch.
+    Attributes:
+        steps_per_epoch: of this many images.
     """
-    order = EpochOrder(len(members), batch_size, *key)
 
-    def make(step: int) -> tuple[Tensor, Tensor]:
-        index = members[order[step]]
-        return split.pixels(index, draw=seed_of(*key, "draw", step)), split.labels[index]
+    def __init__(self, split: DomainSplit, members: Tensor, *, batch_size: int, key: tuple[Key, ...]) -> None:
+        self._split, self._members, self._key = split, members, key
+        self._order = EpochOrder(len(members), batch_size, *key)
+        self.steps_per_epoch = self._order.steps_per_epoch
 
-    return make, order.steps_per_epoch
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Pixels, for the split's ``finish``, and labels ``[B]``."""
+        index = self.index(step)
+        return self._split.pixels(index, draw=seed_of(*self._key, "draw", step)), self._split.labels[index]
+
+    def index(self, step: int) -> Tensor:
+        """Image numbers ``[B]``."""
+        return self._members[self._order[step]]

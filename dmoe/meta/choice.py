@@ -182,5 +182,4 @@ class _Trial:
             learner.add_gradients([part])
         finally:
             learner.way = before
-            for parameter in (*learner.student_parameters, *learner.aggregator_parameters):
-                parameter.grad = None
+            learner.clear_gradients()

@@ -3,7 +3,7 @@
 Notation: S support and Q query images, N experts, D feature width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, Params, 
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
 from dmoe.models.networks import Network, in_layout
-from dmoe.optimizers import ScheduledAdam
+from dmoe.optimizers import ScheduledAdam, step_if_finite
 from dmoe.precision import Precision, computing_in, not_coarse
 from dmoe.tasks import Task
 
@@ -53,6 +53,14 @@ class Way:
     def layout(self) -> torch.memory_format:
         """How images and convolutions best lie in memory on a CPU, see docs/performance.md."""
         return torch.contiguous_format if self.method == "double_backward" else torch.channels_last
+
+    def smaller(self, images: int) -> "Way | None":
+        """A way that takes about half the memory where there are so many images in an episode; None: there is none."""
+        at_once = images if self.chunk_size is None else min(images, self.chunk_size)
+        if at_once <= 1:
+            return None
+        method = "forward_over_reverse" if self.method == "double_backward" else self.method
+        return Way(method, (at_once + 1) // 2)
 
 
 class ZeroTarget(nn.Module):
@@ -131,11 +139,20 @@ class MetaLearner:
         self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None
     ) -> dict[str, float]:
         """One step of both optimizers on the mean gradient of the episodes; returns scalars."""
-        values = self.add_gradients(episodes)
-        values["student_gradient_norm"] = student_adam.step(step)
+        return self.apply(step, self.add_gradients(episodes), student_adam, aggregator_adam)
+
+    def apply(
+        self, step: int, values: Mapping[str, float], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None
+    ) -> dict[str, float]:
+        """One step of both optimizers on the gradients that are there, see :func:`~dmoe.optimizers.step_if_finite`."""
+        optimizers = {"student_gradient_norm": student_adam}
         if aggregator_adam is not None:
-            values["aggregator_gradient_norm"] = aggregator_adam.step(step)
-        return values
+            optimizers["aggregator_gradient_norm"] = aggregator_adam
+        return step_if_finite(step, values, optimizers)
+
+    def clear_gradients(self) -> None:
+        for parameter in (*self.student_parameters, *self.aggregator_parameters):
+            parameter.grad = None
 
     def _meta_gradient(self, episode: EpisodeBatch, target: Tensor) -> MetaGradient:
         support, query = episode.support, episode.query

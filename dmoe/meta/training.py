@@ -12,8 +12,10 @@ from dmoe.data.base import DomainSplit
 from dmoe.data.episodes import Episode, EpisodeSampler
 from dmoe.data.streams import stream
 from dmoe.data.transforms import random_views
+from dmoe.errors import UserError
 from dmoe.loop import Progress, Trainee, run
-from dmoe.meta.learner import EpisodeBatch, MetaLearner
+from dmoe.memory import is_out_of_memory
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.expert_pool import without_own_expert
 from dmoe.optimizers import ScheduledAdam
 from dmoe.run_folder import Stage
@@ -33,6 +35,7 @@ def meta_train(
     seed: int,
     device: torch.device,
     workers: int = 0,
+    way_changed: Callable[[Way], None] = lambda way: None,
 ) -> Progress:
     """Meta-train ``learner`` on episodes of the source split; it ends with the weights that scored best.
 
@@ -43,6 +46,7 @@ def meta_train(
         tokens: of the split's stored views, all N.
         own_expert: ``[n]``, the expert whose group holds each image's domain.
         evaluate: the score on validation domains, after adapting; higher is better.
+        way_changed: told where memory made the learner go another way.
     """
     sampler = EpisodeSampler(split, support_size=config.support_size, query_size=config.query_size, key=(seed, "episode"))
     if sampler.skipped:
@@ -81,7 +85,12 @@ def meta_train(
                 optimizer.restart()
         here = [episode.to(device) for episode in next(batches)]
         episodes = [replace(e, support=split.finish(e.support), query=split.finish(e.query)) for e in here]
-        return learner.update(number, episodes, student_adam, aggregator_adam)
+        values = gradients_that_fit(learner, episodes, changed=way_changed)
+        return learner.apply(number, values, student_adam, aggregator_adam)
+
+    def describe(number: int) -> str:
+        episodes = [sampler(number, slot) for slot in range(per_update)]
+        return "; ".join(split.describe(torch.cat([e.support, e.query])) for e in episodes)
 
     return run(
         stage=stage,
@@ -92,4 +101,32 @@ def meta_train(
         evaluate=evaluate,
         evaluate_every=config.evaluate_every.steps(steps_per_epoch),
         checkpoint_every=checkpoint_every,
+        describe=describe,
     )
+
+
+def gradients_that_fit(
+    learner: MetaLearner, episodes: Sequence[EpisodeBatch], *, changed: Callable[[Way], None]
+) -> dict[str, float]:
+    """:meth:`MetaLearner.add_gradients`, with half as many images at a time wherever memory does not suffice.
+
+    Args:
+        changed: told the learner's new way, which is kept.
+
+    Raises:
+        UserError: not even one image at a time fits.
+    """
+    images = max(max(len(episode.support), len(episode.query)) for episode in episodes)
+    while True:
+        try:
+            return learner.add_gradients(episodes)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler, where the traceback no longer holds on to the tensors.
+        learner.clear_gradients()
+        smaller = learner.way.smaller(images)
+        if smaller is None:
+            raise UserError("meta: memory does not suffice for one image at a time: take smaller images or a smaller student")
+        learner.way = smaller
+        changed(smaller)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dmoe.data.base import DomainSplit
-from dmoe.data.streams import EpochOrder, stream, supervised_batches
+from dmoe.data.streams import EpochOrder, SupervisedBatches, stream
 
 
 class Numbers(DomainSplit):
@@ -78,8 +78,8 @@ def test_stream_that_has_nothing_left_is_empty() -> None:
 
 def test_batch_holds_images_of_the_given_members_with_their_labels() -> None:
     members = torch.tensor([1, 4, 6, 9])
-    make, steps_per_epoch = supervised_batches(Numbers(10), members, batch_size=2, key=(1,))
-    assert steps_per_epoch == 2
+    make = SupervisedBatches(Numbers(10), members, batch_size=2, key=(1,))
+    assert make.steps_per_epoch == 2
     epoch = [make(step) for step in range(2)]
     images, labels = torch.cat([images for images, _ in epoch]), torch.cat([labels for _, labels in epoch])
     assert sorted(images[:, 0].tolist()) == members.tolist()
@@ -87,7 +87,7 @@ def test_batch_holds_images_of_the_given_members_with_their_labels() -> None:
 
 
 def test_every_step_draws_fresh_images() -> None:
-    make, _ = supervised_batches(Numbers(10), torch.arange(10), batch_size=2, key=(1,))
+    make = SupervisedBatches(Numbers(10), torch.arange(10), batch_size=2, key=(1,))
     draws = {float(make(step)[0][0, 1]) for step in range(20)}
     assert len(draws) == 20
     assert 0.0 not in draws
@@ -95,7 +95,7 @@ def test_every_step_draws_fresh_images() -> None:
 
 def test_batch_is_a_function_of_key_and_step() -> None:
     numbers = Numbers(10)
-    one, other, another = (supervised_batches(numbers, torch.arange(10), batch_size=5, key=(seed,))[0] for seed in (1, 1, 2))
+    one, other, another = (SupervisedBatches(numbers, torch.arange(10), batch_size=5, key=(seed,)) for seed in (1, 1, 2))
     other(0)
     assert torch.equal(one(7)[0], other(7)[0])
     assert not torch.equal(one(7)[0], another(7)[0])

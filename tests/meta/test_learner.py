@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dmoe.config import Duration, MetaConfig, OptimizerConfig
 from dmoe.data.base import DomainSplit
+from dmoe.errors import UserError
 from dmoe.meta.gradient import GradientMethod
 from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
-from dmoe.meta.training import meta_train
+from dmoe.meta.training import gradients_that_fit, meta_train
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool, Mask, without_own_expert
 from dmoe.models.networks import Network
@@ -269,3 +270,48 @@ def test_many_updates_end_in_the_same_weights_whatever_the_way(way: Way) -> None
     start = torch.cat([p.detach().flatten() for p in (*network.parameters(), *teacher.parameters())])
     assert (found[0] - start).norm() > 0.01 * start.norm()
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+class Narrow(nn.Module):
+    """Has no memory for more than a few images at a time."""
+
+    def __init__(self, features: nn.Module, at_most: int) -> None:
+        super().__init__()
+        self.features, self.at_most = features, at_most
+        self.asked: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.asked.append(len(images))
+        if len(images) > self.at_most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.features(images)
+
+
+@pytest.mark.parametrize(("at_most", "ways"), [(3, [2]), (2, [2]), (1, [2, 1])])
+def test_without_memory_the_same_gradients_come_in_halves(at_most: int, ways: list[int]) -> None:
+    network, teacher, episodes = student(), aggregator(), [episode(), episode()]
+    _, plain = gradients(learner_of(network, teacher), episodes)
+    changes: list[Way] = []
+    narrow = learner_of(Network(features=Narrow(network.features, at_most), head=network.head), teacher)
+    narrow.way = Way("double_backward")
+    gradients_that_fit(narrow, episodes, changed=changes.append)
+    found = [p.grad for p in (*narrow.student_parameters, *narrow.aggregator_parameters)]
+    torch.testing.assert_close(found, plain)
+    assert changes == [Way("forward_over_reverse", size) for size in ways]
+    assert narrow.way == changes[-1]
+    gradients_that_fit(narrow, episodes, changed=changes.append)
+    assert len(changes) == len(ways)  # it stays so
+
+
+def test_without_memory_for_one_image_there_is_one_line() -> None:
+    network = student()
+    narrow = learner_of(Network(features=Narrow(network.features, 0), head=network.head), aggregator())
+    with pytest.raises(UserError, match="memory does not suffice for one image") as caught:
+        gradients_that_fit(narrow, [episode()], changed=lambda way: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    broken = learner_of(student(), aggregator())
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|size|shape"):
+        gradients_that_fit(broken, [episode(tokens=torch.randn(S, N - 1, D + 1, dtype=torch.float64))], changed=pytest.fail)
