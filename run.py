@@ -2,9 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmoe.command_line import open_run, parser, run_main
 from dmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from dmoe.distributed import World
 
 EPILOG = """examples:
   python run.py                                      the embedded digits, from nothing to the table
@@ -13,25 +17,34 @@ EPILOG = """examples:
   python run.py --test evaluation.support_size=16    with smaller unlabeled batches
   python run.py --dataset iwildcam --data_dir data --dry_run
   python run.py --dataset iwildcam --data_dir data --test --checkpoint_dir model/iwildcam
+  torchrun --nproc_per_node=8 run.py --dataset iwildcam --data_dir data meta.domains_per_update=8
 
 A stage that is already finished from the same inputs is skipped; one that was cut off goes on where it stopped."""
 
 
 def main() -> None:
     options = read_options()
+
+    from dmoe.distributed import joined
+
+    with joined() as world:
+        work(options, world)
+
+
+def work(options: argparse.Namespace, world: "World") -> None:
     tests_a_run = options.test and options.checkpoint_dir is None
-    run = open_run(options, finished=tests_a_run, fresh=not options.resume, claim=not options.dry_run)
+    run = open_run(options, finished=tests_a_run, fresh=not options.resume, claim=not options.dry_run, world=world)
 
     from dmoe import plan, stages, testing
     from dmoe.meta_stage import meta_train_student
     from experts.launch import train_all_experts
 
     if not options.test:
-        plan.show(run)
+        run.first(lambda: plan.show(run))
         if options.dry_run:
             return
         if not options.load_trained_experts:
-            train_all_experts(run, gpu=options.gpu, threads=options.threads)
+            run.first(lambda: train_all_experts(run, gpu=options.gpu, threads=options.threads))
         experts = stages.load_experts(run)
         tokens = stages.make_tokens(run, experts)
         aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)

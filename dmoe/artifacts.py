@@ -38,7 +38,7 @@ def written_whole(path: Path, *, keep: Path | None = None) -> Iterator[Path]:
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            path.replace(keep)
+            _give_second_name(path, keep)
         beside.replace(path)
         _flush_names(path.parent)
     except (OSError, SafetensorError) as error:
@@ -46,6 +46,17 @@ def written_whole(path: Path, *, keep: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def _give_second_name(path: Path, name: Path) -> None:
+    """So that there is a file at ``path`` at every moment; where the file system knows no second names, it moves."""
+    second = path.with_name(f".{path.name}.{os.getpid()}.second.part")
+    try:
+        os.link(path, second)
+    except OSError:
+        path.replace(name)
+    else:
+        second.replace(name)
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

@@ -14,7 +14,9 @@ from dmoe.machine import choose_device, cores, keep_freed_memory
 
 if TYPE_CHECKING:
     from dmoe.config import Config
+    from dmoe.distributed import World
     from dmoe.published import PublishedFolder
+    from dmoe.run_folder import RunFolder
     from dmoe.stages import Run
 
 WRONG_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -55,7 +57,13 @@ def run_dir_of(options: argparse.Namespace) -> Path:
 
 
 def open_run(
-    options: argparse.Namespace, *, finished: bool = False, fresh: bool = False, claim: bool = True, expert: int | None = None
+    options: argparse.Namespace,
+    *,
+    finished: bool = False,
+    fresh: bool = False,
+    claim: bool = True,
+    expert: int | None = None,
+    world: "World | None" = None,
 ) -> "Run":
     """Read the configuration, open the data set, share out its domains, check what can be checked, claim the run folder.
 
@@ -67,39 +75,32 @@ def open_run(
         claim: make the folder this run's own; otherwise nothing is written.
         expert: the one expert to be trained; the process then takes as many CPU threads as the configuration gives an expert,
             where the command line does not say how many.
+        world: the processes that work on the run together; each takes a GPU of its own and its share of the cores.
 
     Raises:
         UserError: anything about these is wrong.
     """
-    from dmoe.config import CONFIG_FOLDER, known_datasets, load_config
-    from dmoe.run_folder import CONFIG_FILE, RunFolder
+    from dmoe.run_folder import RunFolder
 
     folder = RunFolder(run_dir_of(options))
-    path = options.config or CONFIG_FOLDER / f"{options.dataset or 'digits'}.yaml"
-    recorded = folder.path / CONFIG_FILE
-    if finished:
-        folder.config()  # says so where this is no run folder
-    if finished or (recorded.exists() and not (options.dataset or options.config)):
-        path = recorded
-    if options.config is None and options.dataset is not None and options.dataset not in known_datasets():
-        raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
-    config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads: must be >= 1, got {options.threads}")
+    config = _read_config(options, folder, finished=finished)
     checkpoint_dir: Path | None = getattr(options, "checkpoint_dir", None)
     if checkpoint_dir is not None and not checkpoint_dir.is_dir():
         raise UserError(f"--checkpoint_dir: {checkpoint_dir}: no such folder")
-    device = choose_device(options.gpu)
 
     import torch
 
     from dmoe.artifacts import read_json, write_json
     from dmoe.data.partition import write_partition
     from dmoe.data.registry import Opening, load_dataset
+    from dmoe.distributed import ALONE
     from dmoe.published import PublishedFolder
     from dmoe.stages import Run, check
 
-    threads = options.threads or (config.experts.threads if expert is not None and device == "cpu" else cores())
+    world = world or ALONE
+    device = choose_device(options.gpu, number=world.local_rank)
+    share = max(1, cores() // world.local_size)
+    threads = options.threads or (config.experts.threads if expert is not None and device == "cpu" else share)
     torch.set_num_threads(threads)
     keep_freed_memory()
     published = None
@@ -124,15 +125,38 @@ def open_run(
         workers=workers,
         published=published,
         given={name for name, flag in _LOAD_FLAGS.items() if tests or getattr(options, flag, False)},
+        world=world,
     )
-    check(run, expert=expert, tests=tests)
-    if claim:
-        folder.claim(config, fresh=fresh)
-        if not (tests or where.exists()):  # a test decides nothing for a training that may follow
-            write_partition(where, groups, dataset.splits["source"].group_names)
-        if config.data.skip_unreadable and known is None:
-            write_json(left_out, {"images": list(dataset.unreadable)})
+
+    def begin() -> None:
+        check(run, expert=expert, tests=tests)
+        if claim:
+            folder.claim(config, fresh=fresh)
+            if not (tests or where.exists()):  # a test decides nothing for a training that may follow
+                write_partition(where, groups, dataset.splits["source"].group_names)
+            if config.data.skip_unreadable and known is None:
+                write_json(left_out, {"images": list(dataset.unreadable)})
+
+    run.first(begin)
     return run
+
+
+def _read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: bool) -> "Config":
+    from dmoe.config import CONFIG_FOLDER, known_datasets, load_config
+    from dmoe.run_folder import CONFIG_FILE
+
+    path = options.config or CONFIG_FOLDER / f"{options.dataset or 'digits'}.yaml"
+    recorded = folder.path / CONFIG_FILE
+    if finished:
+        folder.config()  # says so where this is no run folder
+    if finished or (recorded.exists() and not (options.dataset or options.config)):
+        path = recorded
+    if options.config is None and options.dataset is not None and options.dataset not in known_datasets():
+        raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
+    config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"--threads: must be >= 1, got {options.threads}")
+    return config
 
 
 def _groups(

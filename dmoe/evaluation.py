@@ -11,6 +11,7 @@ from torch import Tensor
 from dmoe.console import progress_over
 from dmoe.data.base import DomainDataset
 from dmoe.data.streams import stored_images
+from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.models.student import Student
 
@@ -91,6 +92,7 @@ def evaluate_all(
     support_from: Mapping[int, int] | None = None,
     workers: int = 0,
     name: str | None = None,
+    world: World = ALONE,
 ) -> dict[str, Evaluation]:
     """Adapt to the first ``support_size`` images of each domain, in data-set order, and predict all of its images.
 
@@ -103,6 +105,7 @@ def evaluate_all(
         support_from: another domain to take the support images from, by domain: a control.
         workers: processes that read images ahead.
         name: of a progress bar; None: no bar.
+        world: the processes that share the domains; each ends with the whole result.
 
     Raises:
         UserError: support images are not scored and no domain has any others, or an image cannot be read.
@@ -110,21 +113,24 @@ def evaluate_all(
     images, task = dataset.splits[split], dataset.task
     supports = {domain: images.members[support_from[domain] if support_from else domain] for domain in images.members}
     supports = {domain: members[:support_size] for domain, members in supports.items()}
+    here = dict(world.share(images.members.items()))
     reads: list[Tensor] = []  # for each domain its support, then its batches
-    for domain, members in images.members.items():
+    for domain, members in here.items():
         reads += [supports[domain], *members.split(batch_size)]
     batches = stored_images(images, reads, workers=workers)
 
     kind = torch.float32 if task.kind == "regression" else torch.int64
     predictions = {method: torch.zeros(len(images), dtype=kind) for method in methods}
     scored: dict[int, Tensor] = {}
-    for domain, members in progress_over(images.members.items(), name=name, unit="domain"):
+    for domain, members in progress_over(here.items(), name=name, unit="domain"):
         unlabeled = next(batches)
         students = {method: _adapted(methods[method], unlabeled, supports[domain]) for method in methods}
         for index in members.split(batch_size):
             batch = next(batches)
             for method, student in students.items():
                 predictions[method][index] = task.predictions(student.logits(batch)).cpu().to(kind)
+    world.add_up(list(predictions.values()))  # zero but in one of the processes
+    for domain, members in images.members.items():
         counted = members if score_support else members[support_size:]
         if len(counted):
             scored[domain] = counted

@@ -71,10 +71,10 @@ def asked() -> bool:
     return _asked is not None
 
 
-def let_through() -> None:
-    """Raise :class:`Interrupted` now, if a signal has waited for it."""
-    if _asked is not None:
-        _raise(_asked)
+def let_through(*, anyway: bool = False) -> None:
+    """Raise :class:`Interrupted` now, if a signal has waited for it; or ``anyway``, where it came to another process."""
+    if _asked is not None or anyway:
+        _raise(_asked or signal.SIGTERM)
 
 
 def _arrives(number: int, _: FrameType | None) -> None:

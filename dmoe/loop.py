@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dmoe import interruption
 from dmoe.artifacts import load_into, load_tensors, save_tensors, under_prefix, with_prefix
 from dmoe.console import Scalars, progress_bar, say
+from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.optimizers import SKIPPED, ScheduledAdam
 from dmoe.run_folder import Stage
@@ -113,6 +114,7 @@ def run(
     checkpoint_every: int,
     report: Report | None = None,
     describe: Callable[[int], str] | None = None,
+    world: World = ALONE,
 ) -> Progress:
     """Train, or go on training, until the stage is done; the modules then hold the best weights, and so does the stage's file.
 
@@ -123,12 +125,14 @@ def run(
         evaluate_every: steps between evaluations; there is one after the last step in any case.
         report: called now and then.
         describe: what a step trains on, for people.
+        world: the processes that train together; the first of them writes.
 
     Raises:
         UserError: loss or gradient of several steps in a row were no finite numbers, or a file cannot be written or read.
     """
     best = stage.folder / BEST
     progress = _resume(stage, trainee)
+    world.spread(trainee.weights().values())
     began, cpu_began = time.perf_counter() - progress.seconds, time.process_time() - progress.cpu_seconds
 
     def is_due() -> bool:
@@ -139,6 +143,8 @@ def run(
         return done == steps or (done > 0 and evaluate_every > 0 and done % evaluate_every == 0)
 
     def checkpoint() -> None:
+        if not world.is_first:
+            return
         progress.seconds, progress.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         facts = {"inputs": dict(stage.inputs), "progress": vars(progress)}
         tensors = {**trainee.weights(), **trainee.moments()}
@@ -146,7 +152,7 @@ def run(
 
     start(progress.step)
     with (
-        Scalars(stage.folder / "tensorboard", start=progress.step) as scalars,
+        Scalars(stage.folder / "tensorboard" if world.is_first else None, start=progress.step) as scalars,
         progress_bar(stage.name, total=steps, start=progress.step) as bar,
         interruption.held(),
     ):
@@ -158,7 +164,8 @@ def run(
                 progress.scores.append((progress.step, score))
                 if score > progress.best_score:
                     progress.best_score, progress.best_step = score, progress.step
-                    save_tensors(best, trainee.weights())
+                    if world.is_first:
+                        save_tensors(best, trainee.weights())
                 checkpoint()
                 continue
             number = progress.step
@@ -170,14 +177,17 @@ def run(
                 scalars.write(done, values)
                 if report is not None:
                     report(done, steps, values)
-            if is_due() or done % checkpoint_every == 0 or done == steps or interruption.asked():
+            asked = world.any(interruption.asked())
+            if is_due() or done % checkpoint_every == 0 or done == steps or asked:
                 checkpoint()
-            if interruption.asked():
+            if asked:
                 say(f"{stage.name}: step {done} of {steps} is done and saved")
-                interruption.let_through()
+                interruption.let_through(anyway=True)
+    world.wait()  # for the best weights to be there
     if progress.best_step >= 0:
         trainee.load_weights(load_tensors(best)[0], where=str(best))
-    save_tensors(stage.weights, trainee.weights())
+    if world.is_first:
+        save_tensors(stage.weights, trainee.weights())
     return progress
 
 

@@ -54,8 +54,11 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def choose_device(gpu: int | None) -> str:
+def choose_device(gpu: int | None, *, number: int = 0) -> str:
     """The device of ``--gpu``: that GPU, none for -1, and what there is where it was left out.
+
+    Args:
+        number: of this process among those of a machine, each of which takes a GPU of its own.
 
     Raises:
         UserError: no such GPU.
@@ -63,11 +66,12 @@ def choose_device(gpu: int | None) -> str:
     import torch
 
     if gpu is None:
-        gpu = 0 if torch.cuda.is_available() else -1
+        gpu = number if torch.cuda.is_available() else -1
     if gpu < 0:
         return "cpu"
     if gpu >= torch.cuda.device_count():
         raise UserError(f"--gpu: no GPU {gpu} here, {torch.cuda.device_count()} visible; --gpu -1 runs without one")
+    torch.cuda.set_device(gpu)
     torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
     torch.backends.cudnn.benchmark = False
     return f"cuda:{gpu}"

@@ -22,7 +22,7 @@ from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import without_own_expert
 from dmoe.models.networks import Network
 from dmoe.randomness import generator, seed_of
-from dmoe.stages import Run, finished_or
+from dmoe.stages import Run
 from dmoe.tokens import TokenStore
 
 GRADIENT_FILE = "gradient.json"
@@ -46,14 +46,15 @@ def meta_train_student(
     adapter = build_adapter(validating, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)
 
     def train() -> Progress:
-        if isinstance(teacher, Aggregator) and teacher.output_map is not None:
+        if run.world.is_first and isinstance(teacher, Aggregator) and teacher.output_map is not None:
             _fit_output_map(run, tokens["source"], teacher, student)
         learner = meta_learner(run, teacher, student)
-        choice = gradient_way(run, learner)
+        choice = Choice.from_facts(run.world.from_first(lambda: asdict(gradient_way(run, learner))))
         learner.way = choice.way
 
         def note(choice: Choice) -> None:
-            write_json(stage.folder / GRADIENT_FILE, {**asdict(choice), "memory_gb": config.memory_gb})
+            if run.world.is_first:
+                write_json(stage.folder / GRADIENT_FILE, {**asdict(choice), "memory_gb": config.memory_gb})
 
         def way_changed(way: Way) -> None:
             note(Choice(way))
@@ -82,10 +83,11 @@ def meta_train_student(
             device=run.device,
             workers=run.workers,
             way_changed=way_changed,
+            world=run.world,
         )
 
-    finished_or(train, stage, {"student": student, "aggregator": teacher})
-    describe(run.folder, run.dataset)
+    run.finished_or(train, stage, {"student": student, "aggregator": teacher}, together=True)
+    run.first(lambda: describe(run.folder, run.dataset))
 
 
 def meta_learner(run: Run, teacher: Aggregator | ZeroTarget, student: Network) -> MetaLearner:

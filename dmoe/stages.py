@@ -6,8 +6,9 @@ can also be taken from the checkpoints that the paper's authors published.
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
 from dmoe.data.streams import EpochOrder, SupervisedBatches, stored_images
 from dmoe.data.transforms import random_views
+from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.evaluation import Evaluation, Method, WithTokens, evaluate_all
 from dmoe.loop import Progress, Report, Trainee, tidy
@@ -52,6 +54,7 @@ class Run:
         workers: processes that read images ahead.
         published: checkpoints of the paper's authors, where the user has named some.
         given: which of ``experts``, ``aggregator`` and ``student`` are loaded, not trained.
+        world: the processes that work on the run together.
     """
 
     config: Config
@@ -62,6 +65,7 @@ class Run:
     workers: int = 0
     published: PublishedFolder | None = None
     given: Collection[str] = ()
+    world: World = ALONE
 
     @property
     def source(self) -> DomainSplit:
@@ -120,6 +124,7 @@ class Run:
             "batch_size": settings.batch_size,
             "score_support": settings.score_support,
             "workers": self.workers,
+            "world": self.world,
             **protocol,
         }
         return evaluate_all(methods, self.dataset, split, **chosen)
@@ -146,6 +151,43 @@ class Run:
             report=report,
             describe=lambda step: self.source.describe(batches.index(step)),
         )
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Do what only one process can, in the first one; the others wait for it."""
+        if self.world.is_first:
+            work()
+        self.world.wait()
+
+    def finished_or(
+        self,
+        train: Callable[[], Progress],
+        stage: Stage,
+        modules: Mapping[str, nn.Module],
+        *,
+        only_load: bool = False,
+        together: bool = False,
+    ) -> None:
+        """Fill ``modules`` with the stage's result: the finished one, or that of training now.
+
+        Args:
+            together: all processes train; otherwise the first one does, and the others wait for the result.
+        """
+        first = self.world.is_first
+        with stage.alone() if first else nullcontext():
+            if self.world.from_first(lambda: load_finished(stage, modules)):
+                say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
+            else:
+                if only_load:
+                    raise _nothing_to_load(stage.folder)
+                progress = train() if first or together else None
+                if first and progress is not None:
+                    stage.finish(files=[stage.weights], figures=progress.figures())
+                    say(f"{stage.name}: {progress.summary()} ({stage.folder})")
+            if first:
+                tidy(stage)
+        self.world.wait()
+        if not first:
+            load_finished(stage, modules)
 
     def score(self, network: Network) -> float:
         """The selection metric of a network, as it is, on all validation images."""
@@ -222,9 +264,9 @@ def load_experts(run: Run) -> list[Network]:
     for number in range(run.config.experts.count):
         stage = run.expert_stage(number)
         expert = run.network(run.config.token_backbone, "expert", number, to_train=False)
-        if run.published is not None and stage.finished() is None:
-            run.published.load_expert(number, expert)
-            _take_over(stage, {"model": expert}, run.published.expert_path(number))
+        if run.published is not None:
+            take = partial(run.published.load_expert, number, expert)
+            run.first(partial(_take_over, stage, {"model": expert}, take, run.published.expert_path(number)))
         if not load_finished(stage, {"model": expert}):
             raise UserError(
                 f"{stage.folder}: expert {number} is not trained: "
@@ -253,6 +295,7 @@ def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
             storage=run.config.tokens.storage,
             views=run.dataset.splits[name].views if run.config.tokens.views == "all" else 1,
             workers=run.workers,
+            world=run.world,
         )
         how = "already stored" if ready else f"{time.perf_counter() - began:.0f} s"
         say(f"tokens of {len(stores[name]):,} {name} images: {how} ({stage.folder})")
@@ -295,10 +338,10 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
             describe=lambda step: run.source.describe(order[step]),
         )
 
-    if only_load and run.published is not None and stage.finished() is None:
-        run.published.load_aggregator("pretrained", aggregator)
-        _take_over(stage, {"model": aggregator}, run.published.aggregator_path("pretrained"))
-    finished_or(train, stage, {"model": aggregator}, only_load=only_load)
+    if only_load and run.published is not None:
+        take = partial(run.published.load_aggregator, "pretrained", aggregator)
+        run.first(partial(_take_over, stage, {"model": aggregator}, take, run.published.aggregator_path("pretrained")))
+    run.finished_or(train, stage, {"model": aggregator}, only_load=only_load)
     return aggregator
 
 
@@ -310,35 +353,23 @@ def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
     def train() -> Progress:
         return run.train_network(stage, student, torch.arange(len(run.source)), run.config.student.training)
 
-    if only_load and run.published is not None and stage.finished() is None:
-        run.published.load_student("pretrained", student)
-        _take_over(stage, {"model": student}, run.published.student_path("pretrained"))
-    finished_or(train, stage, {"model": student}, only_load=only_load)
+    if only_load and run.published is not None:
+        take = partial(run.published.load_student, "pretrained", student)
+        run.first(partial(_take_over, stage, {"model": student}, take, run.published.student_path("pretrained")))
+    run.finished_or(train, stage, {"model": student}, only_load=only_load)
     return student
-
-
-def finished_or(train: Callable[[], Progress], stage: Stage, modules: Mapping[str, nn.Module], *, only_load: bool = False) -> None:
-    """Fill ``modules`` with the stage's result: the finished one, or that of training now."""
-    with stage.alone():
-        if load_finished(stage, modules):
-            tidy(stage)
-            say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
-            return
-        if only_load:
-            raise _nothing_to_load(stage.folder)
-        progress = train()
-        stage.finish(files=[stage.weights], figures=progress.figures())
-        tidy(stage)
-    say(f"{stage.name}: {progress.summary()} ({stage.folder})")
 
 
 def _nothing_to_load(folder: Path) -> UserError:
     return UserError(f"{folder}: no finished {folder.name} here: run without the flag that asks to load it")
 
 
-def _take_over(stage: Stage, modules: Mapping[str, nn.Module], path: Path) -> None:
-    """Make weights that somebody published the stage's result; the manifest says whose they are."""
+def _take_over(stage: Stage, modules: Mapping[str, nn.Module], take: Callable[[], object], path: Path) -> None:
+    """Unless the stage is finished, make weights that somebody published its result; the manifest says whose they are."""
     with stage.alone():
+        if stage.finished() is not None:
+            return
+        take()
         save_tensors(stage.weights, Trainee(modules=modules, optimizers={}).weights())
         stage.finish(files=[stage.weights], figures={"taken_from": path.name, "sha256": digest_of_file(path)})
     say(f"{stage.name}: taken from {path} ({stage.folder})")

@@ -57,6 +57,8 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
         methods |= {"ERM student": Unadapted(trained.plain), "batch statistics": BatchStatistics(trained.plain)}
     methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
     evaluations = run.evaluate_all(methods, split, name="test")
+    if not run.world.is_first:
+        return
     for name, evaluation in evaluations.items():
         run.folder.append_result(result_row(run, name, split, evaluation, weights=trained.weights))
         if not run.dataset.unreadable:

@@ -5,8 +5,12 @@ Reading it gives float32, and where that is what is stored, to the bit what the 
 images in the same batches.
 """
 
+import hashlib
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,17 +19,21 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from dmoe.artifacts import read_json, write_json
+from dmoe.artifacts import cannot_write, read_json, write_json
 from dmoe.console import progress_bar, say
 from dmoe.data.base import DomainSplit
 from dmoe.data.streams import stored_images
+from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.run_folder import Stage
 
 TOKENS = "tokens.npy"
-BATCHES_BETWEEN_NOTES = 20
-"""How many batches a kill can cost at most."""
+PARTIAL = "partial"
+"""Notes of what is there of a file that is not finished: ``partial.0.json`` and so on, by the process that wrote them."""
+
+BLOCK_IMAGES = 2000
+"""About how many images have a sum together; that much a kill can cost at most."""
 
 
 Storage = Literal["float32", "float16", "bfloat16"]
@@ -81,74 +89,168 @@ def build_store(
     storage: Storage = "float32",
     views: int = 1,
     workers: int = 0,
+    world: World = ALONE,
 ) -> TokenStore:
-    """Open the stage's tokens; compute them first, or those still missing, where they were not made from the same inputs.
+    """Open the stage's tokens; compute those first that are missing, damaged, or were made from other inputs.
 
-    Batches are consecutive images, each with all its views, ``batch_size`` of them at a time.
+    Batches are consecutive images, each with all its views, ``batch_size`` of them at a time. A block of batches is noted with a
+    sum over its bytes when it is on disk; blocks are what a kill can cost, and what processes share.
 
     Args:
         views: V, how many of the split's stored views to take.
         workers: processes that read images ahead.
+        world: the processes that compute them together.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or an image cannot be read.
     """
     path, shape = stage.folder / TOKENS, (len(split), views, len(pool), width)
-    with stage.alone():
-        if not is_stored(stage):
-            _build(
-                stage, split=split, pool=pool, shape=shape, storage=storage, batch_size=batch_size, device=device, workers=workers
-            )
+    count = len(split) * views  # image i in view v is number i * views + v
+    block_size = batch_size * max(1, BLOCK_IMAGES // batch_size)
+    blocks = [range(begin, min(begin + block_size, count)) for begin in range(0, count, block_size)]
+    with stage.alone() if world.is_first else nullcontext():
+        known = world.from_first(lambda: _blocks_there(stage, shape, storage, blocks))
+        missing = [number for number in range(len(blocks)) if number not in known]
+        if missing:
+            cpu_began = time.process_time()
+            notes, work = _Notes(stage, world, known), _Work(path, split, pool, views, batch_size, device, storage, workers)
+            images = sum(len(blocks[number]) for number in missing)
+            try:
+                with progress_bar(stage.name, total=count, start=count - images, unit="image") as bar:
+                    work.do({number: blocks[number] for number in world.share(missing)}, done=notes.add, step=bar.update)
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            world.wait()
+            everywhere = world.gathered(notes.sums)
+            if world.is_first:
+                sums = known | {number: digest for sums in everywhere for number, digest in sums.items()}
+                _finish(stage, sums, figures={"images": images, "cpu_seconds": time.process_time() - cpu_began})
+        world.wait()
     return TokenStore(_open(path, shape, storage))
 
 
 Shape = tuple[int, int, int, int]
+Sums = dict[int, str]
+"""Of blocks, by their numbers."""
 
 
-def _build(
-    stage: Stage,
-    *,
-    split: DomainSplit,
-    pool: ExpertPool,
-    shape: Shape,
-    storage: Storage,
-    batch_size: int,
-    device: torch.device,
-    workers: int,
-) -> None:
-    path, partial = stage.folder / TOKENS, stage.folder / "partial.json"
-    cpu_began = time.process_time()
-    stage.manifest.unlink(missing_ok=True)
-    count, views = shape[:2]
-    first = 0  # counted in views: image i in view v is number i * views + v
-    if _made_from_same(partial, stage.key) and path.is_file():
-        first = int(read_json(partial)["views"])
-    try:
-        array = _open(path, shape, storage, mode="r+") if first else _create(path, shape, storage)
-        flat = array.reshape(count * views, *shape[2:])
-        batches = torch.arange(first, count * views).split(batch_size)
-        numbers, seen = [b // views for b in batches], [b % views for b in batches]
-        images = stored_images(split, numbers, views=seen, workers=workers, device=device)
-        ask = _Asking(pool)
-        with progress_bar(stage.name, total=count * views, start=first, unit="image") as bar:
-            for done, (index, batch) in enumerate(zip(batches, images, strict=True), start=1):
-                flat[index[0] : index[-1] + 1] = _to_store(ask(batch), storage)
-                bar.update(len(index))
-                if done % BATCHES_BETWEEN_NOTES == 0:
-                    array.flush()
-                    write_json(partial, {"key": stage.key, "views": int(index[-1]) + 1})
-        array.flush()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); it needs {bytes_a_number(storage) * np.prod(shape) / 2**20:.0f} MiB"
-        ) from error
-    figures = {"images": count * views - first, "cpu_seconds": time.process_time() - cpu_began}
-    write_json(stage.manifest, {"key": stage.key, "inputs": dict(stage.inputs), "figures": figures})
-    partial.unlink(missing_ok=True)
+class _Notes:
+    """What this process has computed, noted so that a kill does not cost it."""
+
+    def __init__(self, stage: Stage, world: World, known: Sums) -> None:
+        self._stage, self._path, self._known = stage, stage.folder / f"{PARTIAL}.{world.rank}.json", known if world.is_first else {}
+        self.sums: Sums = {}
+
+    def add(self, block: int, digest: str) -> None:
+        self.sums[block] = digest
+        write_json(self._path, _note(self._stage, self._known | self.sums))
+
+
+def _note(stage: Stage, sums: Sums) -> dict[str, object]:
+    return {"key": stage.key, "sha256": {str(number): digest for number, digest in sums.items()}}
+
+
+def _blocks_there(stage: Stage, shape: Shape, storage: Storage, blocks: Sequence[range]) -> Sums:
+    """The blocks of a file that is begun, or finished, from the same inputs, as far as they are whole. Begins one otherwise."""
+    path = stage.folder / TOKENS
+    finished = is_stored(stage)
+    noted: Sums = {}
+    for note in [stage.manifest] if finished else sorted(stage.folder.glob(f"{PARTIAL}.*.json")):
+        if path.is_file() and _made_from_same(note, stage.key):
+            noted |= _sums_of(note)
+    if not finished:
+        stage.manifest.unlink(missing_ok=True)
+    if not noted:
+        try:
+            _create(path, shape, storage)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return {}
+    flat = _open(path, shape, storage).reshape(-1, *shape[2:])
+    whole = {n: digest for n, digest in noted.items() if n < len(blocks) and _digest(flat[_slice(blocks[n])]) == digest}
+    if len(whole) < len(noted):
+        say(f"{stage.name}: {len(noted) - len(whole)} of {len(blocks)} blocks of {path} are damaged; they are computed again")
+    if not finished:  # under one name, whoever wrote them
+        for note in stage.folder.glob(f"{PARTIAL}.*.json"):
+            note.unlink()
+        write_json(stage.folder / f"{PARTIAL}.0.json", _note(stage, whole))
+    elif len(whole) < len(blocks):
+        write_json(stage.folder / f"{PARTIAL}.0.json", _note(stage, whole))
+        stage.manifest.unlink()
+    return whole
+
+
+def _finish(stage: Stage, sums: Sums, *, figures: Mapping[str, float]) -> None:
+    write_json(stage.manifest, {**_note(stage, sums), "inputs": dict(stage.inputs), "figures": figures})
+    for note in stage.folder.glob(f"{PARTIAL}.*.json"):
+        note.unlink()
 
 
 def _made_from_same(path: Path, key: str) -> bool:
     return path.is_file() and read_json(path).get("key") == key
+
+
+def _sums_of(path: Path) -> Sums:
+    try:
+        return {int(number): str(digest) for number, digest in read_json(path)["sha256"].items()}
+    except (KeyError, ValueError, AttributeError):  # none were noted then
+        return {}
+
+
+def _slice(block: range) -> slice:
+    return slice(block.start, block.stop)
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows).data.cast("B")).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Computing blocks of a file that is there."""
+
+    path: Path
+    split: DomainSplit
+    pool: ExpertPool
+    views: int
+    batch_size: int
+    device: torch.device
+    storage: Storage
+    workers: int
+
+    def do(self, blocks: Mapping[int, range], *, done: Callable[[int, str], None], step: Callable[[int], object]) -> None:
+        """Compute the blocks, by their numbers; ``done`` is told of each, with its sum, when it is on disk, ``step`` of each batch.
+
+        Written, not mapped: a disk that fails is an error, not a signal, and other machines' parts of a page are left alone.
+        """
+        batches = [(number, batch) for number, block in blocks.items() for batch in torch.tensor(block).split(self.batch_size)]
+        images = stored_images(
+            self.split,
+            [batch // self.views for _, batch in batches],
+            views=[batch % self.views for _, batch in batches],
+            workers=self.workers,
+            device=self.device,
+        )
+        ask = _Asking(self.pool)
+        begin = int(open_memmap(self.path, mode="r").offset)
+        with open(self.path, "r+b", buffering=0) as file:
+            sum_ = hashlib.sha256()
+            for (number, batch), pixels in zip(batches, images, strict=True):
+                rows = np.ascontiguousarray(_to_store(ask(pixels), self.storage))
+                sum_.update(rows.data.cast("B"))
+                _write_at(file.fileno(), rows, begin + int(batch[0]) * (rows.nbytes // len(rows)))
+                step(len(batch))
+                if int(batch[-1]) == blocks[number][-1]:
+                    os.fsync(file.fileno())
+                    done(number, sum_.hexdigest())
+                    sum_ = hashlib.sha256()
+
+
+def _write_at(file: int, rows: np.ndarray, place: int) -> None:
+    left = rows.data.cast("B")
+    while left:
+        written = os.pwrite(file, left, place)
+        left, place = left[written:], place + written
 
 
 class _Asking:
@@ -188,17 +290,16 @@ def _as_float32(kept: np.ndarray) -> Tensor:
     return (tokens.view(torch.bfloat16) if tokens.dtype == torch.uint16 else tokens).float()
 
 
-def _create(path: Path, shape: Shape, storage: Storage) -> np.memmap:
-    array = open_memmap(path, mode="w+", dtype=_KEPT_AS[storage], shape=shape)
-    if hasattr(os, "posix_fallocate"):  # a disk that is full says so now; through the map it would kill the process
+def _create(path: Path, shape: Shape, storage: Storage) -> None:
+    open_memmap(path, mode="w+", dtype=_KEPT_AS[storage], shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, not after hours
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
 
 
-def _open(path: Path, shape: Shape, storage: Storage, mode: Literal["r", "r+"] = "r") -> np.memmap:
+def _open(path: Path, shape: Shape, storage: Storage) -> np.memmap:
     try:
-        array = open_memmap(path, mode=mode)
+        array = open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): delete {path.parent} to make it again") from None
     if array.shape != shape or array.dtype != _KEPT_AS[storage]:

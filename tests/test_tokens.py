@@ -18,6 +18,11 @@ IMAGES, BATCH, WIDTH, LOST_AT_MOST = 300, 4, 8, 20
 """The last: batches since the last note of how far it got."""
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmoe.tokens.BLOCK_IMAGES", LOST_AT_MOST * BATCH)
+
+
 class KilledError(Exception):
     """Stands for a process that ends here."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dmoe.distributed import World
 from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, Params, meta_gradient
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
@@ -114,9 +115,16 @@ class MetaLearner:
         """phi; the aggregator's head has no part in the target."""
         return self._phi
 
-    def add_gradients(self, episodes: Sequence[EpisodeBatch]) -> dict[str, float]:
-        """Add the mean outer gradient of the episodes to ``.grad`` of theta, w and phi; returns scalars."""
+    def add_gradients(self, episodes: Sequence[EpisodeBatch], *, of: int | None = None) -> dict[str, float]:
+        """Add the mean outer gradient of the episodes to ``.grad`` of theta, w and phi; returns scalars.
+
+        Args:
+            of: how many episodes the mean is taken over, where others see to the rest of them.
+        """
+        count = of or len(episodes)
         totals = {"query_loss": 0.0, "inner_loss": 0.0}
+        if self._task.kind != "regression":
+            totals["query_accuracy"] = 0.0
         for episode in episodes:
             target = self.aggregator(episode.tokens)
             found = self._meta_gradient(episode, target)
@@ -126,14 +134,27 @@ class MetaLearner:
                 [*found.theta.values(), *found.w.values(), *by_phi],
                 strict=True,
             ):
-                share = gradient / len(episodes)
+                share = gradient / count
                 parameter.grad = share if parameter.grad is None else parameter.grad + share
-            totals["query_loss"] += found.loss.item() / len(episodes)
-            totals["inner_loss"] += found.inner_loss.item() / len(episodes)
+            totals["query_loss"] += found.loss.item() / count
+            totals["inner_loss"] += found.inner_loss.item() / count
             if self._task.kind != "regression":
                 right = self._task.predictions(found.logits) == episode.labels
-                totals["query_accuracy"] = totals.get("query_accuracy", 0.0) + right.float().mean().item() / len(episodes)
+                totals["query_accuracy"] += right.float().mean().item() / count
         return totals
+
+    def add_up_gradients(self, values: Mapping[str, float], world: World) -> dict[str, float]:
+        """Replace gradients by their sums over the processes; returns the sums of the scalars."""
+        if world.size == 1:
+            return dict(values)
+        for parameter in (*self.student_parameters, *self.aggregator_parameters):
+            if parameter.grad is None:  # there was no episode for this process
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = parameter.grad.contiguous()
+        world.add_up([p.grad for p in (*self.student_parameters, *self.aggregator_parameters) if p.grad is not None])
+        sums = torch.tensor(list(values.values()), dtype=torch.float64)
+        world.add_up([sums])
+        return dict(zip(values, sums.tolist(), strict=True))
 
     def update(
         self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None

@@ -12,6 +12,7 @@ from dmoe.data.base import DomainSplit
 from dmoe.data.episodes import Episode, EpisodeSampler
 from dmoe.data.streams import stream
 from dmoe.data.transforms import random_views
+from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.loop import Progress, Trainee, run
 from dmoe.memory import is_out_of_memory
@@ -36,6 +37,7 @@ def meta_train(
     device: torch.device,
     workers: int = 0,
     way_changed: Callable[[Way], None] = lambda way: None,
+    world: World = ALONE,
 ) -> Progress:
     """Meta-train ``learner`` on episodes of the source split; it ends with the weights that scored best.
 
@@ -46,12 +48,16 @@ def meta_train(
         tokens: of the split's stored views, all N.
         own_expert: ``[n]``, the expert whose group holds each image's domain.
         evaluate: the score on validation domains, after adapting; higher is better.
+        world: the processes that share the episodes of every update.
         way_changed: told where memory made the learner go another way.
     """
     sampler = EpisodeSampler(split, support_size=config.support_size, query_size=config.query_size, key=(seed, "episode"))
     if sampler.skipped:
         say(f"{stage.name}: {len(sampler.skipped)} source domains have too few images for an episode and are never drawn")
     per_update = config.domains_per_update
+    if world.size > per_update:
+        idle = world.size - per_update
+        say(f"{stage.name}: {idle} of {world.size} processes have no episode: meta.domains_per_update is {per_update}")
     steps_per_epoch = max(1, len(split) // (per_update * (config.support_size + config.query_size)))
     steps = config.duration.steps(steps_per_epoch)
 
@@ -63,7 +69,7 @@ def meta_train(
         return EpisodeBatch(split.pixels(episode.support, view=view), masked, query, split.labels[episode.query])
 
     def update(number: int) -> list[EpisodeBatch]:
-        return [tensors(sampler(number, slot)) for slot in range(per_update)]
+        return [tensors(sampler(number, slot)) for slot in world.share(range(per_update))]
 
     student_adam = ScheduledAdam(learner.student_parameters, config.student, steps=steps, steps_per_epoch=steps_per_epoch)
     optimizers = {"student": student_adam}
@@ -85,7 +91,8 @@ def meta_train(
                 optimizer.restart()
         here = [episode.to(device) for episode in next(batches)]
         episodes = [replace(e, support=split.finish(e.support), query=split.finish(e.query)) for e in here]
-        values = gradients_that_fit(learner, episodes, changed=way_changed)
+        values = gradients_that_fit(learner, episodes, of=per_update, changed=way_changed)
+        values = learner.add_up_gradients(values, world)
         return learner.apply(number, values, student_adam, aggregator_adam)
 
     def describe(number: int) -> str:
@@ -102,24 +109,26 @@ def meta_train(
         evaluate_every=config.evaluate_every.steps(steps_per_epoch),
         checkpoint_every=checkpoint_every,
         describe=describe,
+        world=world,
     )
 
 
 def gradients_that_fit(
-    learner: MetaLearner, episodes: Sequence[EpisodeBatch], *, changed: Callable[[Way], None]
+    learner: MetaLearner, episodes: Sequence[EpisodeBatch], *, of: int | None = None, changed: Callable[[Way], None]
 ) -> dict[str, float]:
     """:meth:`MetaLearner.add_gradients`, with half as many images at a time wherever memory does not suffice.
 
     Args:
+        of: see there.
         changed: told the learner's new way, which is kept.
 
     Raises:
         UserError: not even one image at a time fits.
     """
-    images = max(max(len(episode.support), len(episode.query)) for episode in episodes)
+    images = max((max(len(episode.support), len(episode.query)) for episode in episodes), default=1)
     while True:
         try:
-            return learner.add_gradients(episodes)
+            return learner.add_gradients(episodes, of=of)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
