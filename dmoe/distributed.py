@@ -54,7 +54,10 @@ class World:
         return list(things)[self.rank :: self.size]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one type, here and in all other processes, by their sums over the processes; one message for all.
+        """Replace tensors of one type, here and in all other processes, by their sums over the processes, in one message.
+
+        Where the number of processes is a power of two, it is always the same numbers that are added to each other: see
+        :func:`folded`.
 
         Raises:
             UserError: another process is lost.
@@ -62,9 +65,21 @@ class World:
         if self.size > 1 and tensors:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             with _lost_processes_told():
-                dist.all_reduce(flat)
+                if self.size & (self.size - 1):
+                    dist.all_reduce(flat)
+                else:
+                    self._add_up_in_pairs(flat)
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def _add_up_in_pairs(self, flat: Tensor) -> None:
+        theirs, distance = torch.empty_like(flat), self.size // 2
+        while distance:
+            other = self.rank ^ distance
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, flat, other), dist.P2POp(dist.irecv, theirs, other)]):
+                work.wait()
+            flat += theirs
+            distance //= 2
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Make tensors everywhere what they are in the first process.
@@ -119,6 +134,18 @@ class World:
 
 
 ALONE = World()
+
+
+def folded(things: Sequence[Thing], value: Callable[[Thing], list[Tensor]]) -> list[Tensor]:
+    """The sums of the values of the things, in an order of adding that sharing them among 2, 4, 8, ... processes does not change.
+
+    Those at even places together, those at odd places together, and so on; which is what :meth:`World.share` gives to each of
+    two, four, ... processes, and :meth:`World.add_up` adds. Rounding is then the same, however many processes there are.
+    """
+    if len(things) == 1:
+        return value(things[0])
+    sums, others = folded(things[0::2], value), folded(things[1::2], value)
+    return [total.add_(other) for total, other in zip(sums, others, strict=True)]
 
 
 class _Groups:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmoe.distributed import World
+from dmoe.distributed import World, folded
 from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, Params, meta_gradient
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
@@ -115,6 +115,10 @@ class MetaLearner:
         """phi; the aggregator's head has no part in the target."""
         return self._phi
 
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.student_parameters, *self.aggregator_parameters]
+
     def add_gradients(self, episodes: Sequence[EpisodeBatch], *, of: int | None = None) -> dict[str, float]:
         """Add the mean outer gradient of the episodes to ``.grad`` of theta, w and phi; returns scalars.
 
@@ -125,33 +129,31 @@ class MetaLearner:
         totals = {"query_loss": 0.0, "inner_loss": 0.0}
         if self._task.kind != "regression":
             totals["query_accuracy"] = 0.0
-        for episode in episodes:
+
+        def share(episode: EpisodeBatch) -> list[Tensor]:
             target = self.aggregator(episode.tokens)
             found = self._meta_gradient(episode, target)
             by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()
-            for parameter, gradient in zip(
-                [*self._theta.values(), *self._w.values(), *self._phi],
-                [*found.theta.values(), *found.w.values(), *by_phi],
-                strict=True,
-            ):
-                share = gradient / count
-                parameter.grad = share if parameter.grad is None else parameter.grad + share
             totals["query_loss"] += found.loss.item() / count
             totals["inner_loss"] += found.inner_loss.item() / count
             if self._task.kind != "regression":
                 right = self._task.predictions(found.logits) == episode.labels
                 totals["query_accuracy"] += right.float().mean().item() / count
+            return [gradient / count for gradient in (*found.theta.values(), *found.w.values(), *by_phi)]
+
+        if episodes:
+            for parameter, gradient in zip(self._parameters, folded(episodes, share), strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return totals
 
     def add_up_gradients(self, values: Mapping[str, float], world: World) -> dict[str, float]:
         """Replace gradients by their sums over the processes; returns the sums of the scalars."""
         if world.size == 1:
             return dict(values)
-        for parameter in (*self.student_parameters, *self.aggregator_parameters):
+        for parameter in self._parameters:
             if parameter.grad is None:  # there was no episode for this process
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = parameter.grad.contiguous()
-        world.add_up([p.grad for p in (*self.student_parameters, *self.aggregator_parameters) if p.grad is not None])
+        world.add_up([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         sums = torch.tensor(list(values.values()), dtype=torch.float64)
         world.add_up([sums])
         return dict(zip(values, sums.tolist(), strict=True))
@@ -172,7 +174,7 @@ class MetaLearner:
         return step_if_finite(step, values, optimizers)
 
     def clear_gradients(self) -> None:
-        for parameter in (*self.student_parameters, *self.aggregator_parameters):
+        for parameter in self._parameters:
             parameter.grad = None
 
     def _meta_gradient(self, episode: EpisodeBatch, target: Tensor) -> MetaGradient:
