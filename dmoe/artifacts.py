@@ -140,7 +140,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({why}): delete it or bring it again") from None
     if not isinstance(about, dict) or not isinstance(facts := about.get("facts"), dict):

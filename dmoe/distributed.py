@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from dmoe.console import fall_silent
 from dmoe.errors import UserError
@@ -164,10 +166,13 @@ def joined() -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _lost_processes_told():
-        dist.init_process_group(backend, timeout=LONGEST_STEP)
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun keeps one store over all its restarts; addresses of processes that have ended must not be found there.
+        fresh = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=LONGEST_STEP)
         _Groups.patient = dist.new_group(backend="gloo", timeout=LONGEST_STAGE)
     local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_size)
+    world = World(rank, size, local_rank, local_size)
     if not world.is_first:
         fall_silent()
     yield world

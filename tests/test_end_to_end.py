@@ -1,94 +1,22 @@
 """All stages on the embedded digits, small: killed and resumed, spread over processes, repeated, loaded, interrupted."""
 
-import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from runs import EXPERTS, SMALL, finish, forget, kill_at, rows, start, step_of, wait_for_checkpoint, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import dmoe
 from dmoe.artifacts import load_tensors, read_json
 from dmoe.data import digits
-from dmoe.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent
-EXPERTS = 3
-SMALL = [
-    "checkpoint_every=5",
-    "data.source_images_per_domain=150",
-    f"experts.count={EXPERTS}",
-    "experts.training.duration=30 steps",
-    "experts.training.evaluate_every=15 steps",
-    "aggregator.training.duration=30 steps",
-    "student.training.duration=40 steps",
-    "student.training.evaluate_every=20 steps",
-    "meta.duration=24 steps",
-    "meta.evaluate_every=12 steps",
-    "meta.inner_lr=0.1",  # after so little training, larger steps blow rounding up
-]
-
-
-def start(script: str, folder: Path, *arguments: str, threads: int = 1) -> subprocess.Popen[str]:
-    command = [sys.executable, script, "--run_dir", str(folder), "--gpu", "-1", "--threads", str(threads), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a process says that is to end well."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-def wait_for_checkpoint(process: subprocess.Popen[str], stage: Path, step: int) -> None:
-    """Return as soon as the stage's checkpoint has reached that step."""
-    path, began = stage / "checkpoint.safetensors", time.monotonic()
-    while time.monotonic() - began < 120:
-        if path.exists() and step_of(path) >= step:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    raise AssertionError(f"no checkpoint of step {step} in {stage}")
-
-
-def step_of(checkpoint: Path) -> int:
-    try:
-        return int(load_tensors(checkpoint)[1]["progress"]["step"])
-    except UserError:  # tidied away meanwhile
-        return 10**9
-
-
-def kill_at(process: subprocess.Popen[str], stage: Path, step: int) -> None:
-    wait_for_checkpoint(process, stage, step)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (stage / "manifest.json").exists(), "it was too late: the stage is finished"
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("weights.safetensors")}
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def forget(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture(scope="module")
