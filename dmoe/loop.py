@@ -132,6 +132,8 @@ def run(
     """
     best = stage.folder / BEST
     progress = _resume(stage, trainee)
+    if progress.step:
+        say(f"{stage.name}: going on after step {progress.step} of {steps}")
     world.spread(trainee.weights().values())
     began, cpu_began = time.perf_counter() - progress.seconds, time.process_time() - progress.cpu_seconds
 

@@ -112,6 +112,8 @@ def build_store(
         known = world.from_first(lambda: _blocks_there(stage, shape, storage, blocks))
         missing = [number for number in range(len(blocks)) if number not in known]
         if missing:
+            if known:
+                say(f"tokens of {stage.name} images: going on after {len(known)} of {len(blocks)} blocks")
             cpu_began = time.process_time()
             notes, work = _Notes(stage, world, known), _Work(path, split, pool, views, batch_size, device, storage, workers)
             images = sum(len(blocks[number]) for number in missing)
