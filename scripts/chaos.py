@@ -149,15 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             time.sleep(POLL_SECONDS)
         time.sleep(chance.random())
         if process.poll() is not None:
-            if process.returncode:
-                raise UserError(f"{log}: visit {number} failed with status {process.returncode}")
-            faults.append(f"kill {number} of {options.kills} came too late, the run had ended")
+            faults.append(f"{log}: visit {number} ended by itself, with status {process.returncode}, before it could be killed")
             break
-        fell[work.at_work(disturbed)] += 1
+        stage = work.at_work(disturbed)
+        fell[stage] += 1
         faults += _end(process, options.signal)
         kills.append(Noted.now(disturbed, log))
         part = work.done(disturbed) / work.all
-        print(f"kill {number} of {options.kills}: in {work.at_work(disturbed)}, after {part:.0%} of the work", flush=True)
+        print(f"kill {number} of {options.kills}: in {stage}, after {part:.0%} of the work", flush=True)
     process = _start([*command, str(disturbed.absolute())], log)
     if process.wait():
         raise UserError(f"{log}: the last visit failed with status {process.returncode}")

@@ -1,5 +1,6 @@
 """A training that is cut off anywhere and taken up again ends in the numbers of one that was not."""
 
+import contextlib
 import math
 import os
 import signal
@@ -272,7 +273,8 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     assert_equal(load_tensors(training.stage.weights)[0], undisturbed[0])
     assert progress.scores == undisturbed[1]
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 1 and told[0].endswith("going on from checkpoint.previous.safetensors")
+    assert told[0].endswith("going on from checkpoint.previous.safetensors")
+    assert len(told) == 2 and told[1].endswith("going on after step 8 of 13")
 
 
 @pytest.mark.parametrize(
@@ -394,3 +396,26 @@ def test_tidy_leaves_the_weights_alone(tmp_path: Path) -> None:
     training.run()
     loop.tidy(training.stage)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("what", [("step", 3), ("step", 6), ("evaluate", 8), ("evaluate", 13)])
+def test_full_disk_is_told_and_with_room_again_the_training_ends_as_if_nothing_had_been(
+    small_disk: Path, undisturbed: tuple, what: tuple[str, int]
+) -> None:
+    filler = small_disk / "filler"
+
+    def fill(*moment: object) -> bool:
+        if moment == what:
+            with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"0" * 512)
+        return False
+
+    with pytest.raises(UserError) as caught:
+        Training(small_disk / "stage", cut=fill).run()
+    assert "No space left" in str(caught.value) and "\n" not in str(caught.value)
+    filler.unlink()
+    training = Training(small_disk / "stage")
+    progress = training.run()
+    assert_equal(load_tensors(training.stage.weights)[0], undisturbed[0])
+    assert progress.scores == undisturbed[1]

@@ -1,5 +1,6 @@
 """The token store: exact, resumable, rebuilt when its inputs change."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -237,3 +238,64 @@ def test_one_image_that_does_not_fit_is_told(tmp_path: Path) -> None:
     experts = NoMemory(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3))
     with pytest.raises(UserError, match=r"^tokens.batch_size: the GPU's memory is too small for one image"):
         build(tmp_path, experts)
+
+
+def test_full_disk_is_told_and_with_room_again_the_store_is_built(small_disk: Path, live: Tensor) -> None:
+    (small_disk / "filler").write_bytes(b"0" * ((1 << 20) - 20_000))
+    with pytest.raises(UserError) as caught:
+        build(small_disk / "tokens", pool())
+    message = str(caught.value)
+    assert message.startswith(f"{small_disk / 'tokens' / 'tokens.npy'}: cannot be written: No space left") and "\n" not in message
+    (small_disk / "filler").unlink()
+    assert torch.equal(build(small_disk / "tokens", pool())[torch.arange(IMAGES)], live)
+
+
+def test_disk_that_fills_up_on_the_way_costs_a_block_at_most(small_disk: Path, live: Tensor) -> None:
+    """The file itself has its room from the beginning; notes have not."""
+
+    class Filling(CountingPool):
+        def forward(self, images: Tensor) -> Tensor:
+            if self.seen == 30 * BATCH:
+                fill(small_disk / "filler")
+            return super().forward(images)
+
+    torch.manual_seed(0)
+    filling = Filling(SmallConv(image_shape=(1, 8, 8), width=WIDTH) for _ in range(3))
+    with pytest.raises(UserError, match="No space left"):
+        build(small_disk / "tokens", filling)
+    (small_disk / "filler").unlink()
+    again = pool()
+    assert torch.equal(build(small_disk / "tokens", again)[torch.arange(IMAGES)], live)
+    assert again.seen == IMAGES - 20 * BATCH
+
+
+def fill(path: Path) -> None:
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 512)
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_block_of_a_finished_store_is_computed_again(
+    tmp_path: Path, live: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path, pool())
+    flip_a_bit(tmp_path / "tokens.npy", -7)
+    again = pool()
+    assert torch.equal(build(tmp_path, again)[torch.arange(IMAGES)], live)
+    assert again.seen == IMAGES % (LOST_AT_MOST * BATCH)  # the last block
+    assert "1 of 4 blocks" in capsys.readouterr().out
+    assert torch.equal(build(tmp_path, pool(0))[torch.arange(IMAGES)], live)
+
+
+def test_damaged_block_of_a_half_built_store_is_computed_again(tmp_path: Path, live: Tensor) -> None:
+    kill_after(tmp_path, 45 * BATCH)
+    flip_a_bit(tmp_path / "tokens.npy", 200)
+    again = pool()
+    assert torch.equal(build(tmp_path, again)[torch.arange(IMAGES)], live)
+    assert again.seen == IMAGES - 20 * BATCH  # one of the two blocks that were there
