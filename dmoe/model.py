@@ -17,7 +17,7 @@ from dmoe.errors import UserError
 from dmoe.meta.learner import ZeroTarget
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network, build_network
-from dmoe.run_folder import RunFolder
+from dmoe.run_folder import RunFolder, Stage
 from dmoe.tasks import Task
 
 DESCRIPTION = "model.json"
@@ -65,13 +65,13 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
             backbone.name, image_shape=transform.image_shape, num_outputs=task.num_outputs, last_relu=backbone.last_relu
         )
 
-    meta = run.stage("meta", {}).weights
+    meta = _whole(run.stage("meta", {}))
     trained = load_tensors(meta)[0]
     student = network(config.student_backbone)
     load_into(student, under_prefix("student", trained), where=str(meta))
     experts = []
     for number in range(config.experts.count):
-        expert, weights = network(config.token_backbone), run.expert(number, {}).weights
+        expert, weights = network(config.token_backbone), _whole(run.expert(number, {}))
         load_into(expert, under_prefix("model", load_tensors(weights)[0]), where=str(weights))
         experts.append(expert)
     aggregator: nn.Module = ZeroTarget()
@@ -83,6 +83,13 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
     model = build_adapter(config, task, experts=experts, aggregator=aggregator, student=student, kind=Model)
     model.transform, model.class_names, model.config = transform, class_names, config
     return model
+
+
+def _whole(stage: Stage) -> Path:
+    """The stage's weights, where they are as its manifest has them."""
+    if stage.manifest.exists():
+        stage.refuse_damaged(read_json(stage.manifest))
+    return stage.weights
 
 
 def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) -> Aggregator:
