@@ -5,7 +5,7 @@
 
 One run is prepared up to meta-training, with few steps; then meta-training is done from there by one process with all cores, by one
 with a single thread, and by several with a single thread each, as torchrun starts them, in turn, several times over. Told are
-episodes a second by the clock, the median and the range, and whether the weights are equal to the bit: those by one thread each are.
+episodes a second by the clock, median and range, and whether the weights are equal to the bit: those by one thread each are.
 """
 
 import argparse
