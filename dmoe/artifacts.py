@@ -62,8 +62,7 @@ def _give_second_name(path: Path, name: Path) -> None:
 def cannot_write(path: Path, error: Exception) -> UserError:
     """What to tell of an error in writing a file."""
     why = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()).rpartition("error: ")[2]
-    way = "make room or choose another --run_dir; the same command goes on from what is there"
-    return UserError(f"{path}: cannot be written: {why}: {way}")
+    return UserError(f"{path}: cannot be written: {why}: make room there, or write elsewhere; what is finished is kept")
 
 
 def _flush_names(folder: Path) -> None:

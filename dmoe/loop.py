@@ -130,7 +130,6 @@ def run(
     Raises:
         UserError: loss or gradient of several steps in a row were no finite numbers, or a file cannot be written or read.
     """
-    best = stage.folder / BEST
     progress = _resume(stage, trainee)
     if progress.step:
         say(f"{stage.name}: going on after step {progress.step} of {steps}")
@@ -167,7 +166,7 @@ def run(
                 if score > progress.best_score:
                     progress.best_score, progress.best_step = score, progress.step
                     if world.is_first:
-                        save_tensors(best, trainee.weights())
+                        save_tensors(stage.folder / BEST, trainee.weights())
                 checkpoint()
                 continue
             number = progress.step
@@ -185,11 +184,7 @@ def run(
             if asked:
                 say(f"{stage.name}: step {done} of {steps} is done and saved")
                 interruption.let_through(anyway=True)
-    world.wait()  # for the best weights to be there
-    if progress.best_step >= 0:
-        trainee.load_weights(load_tensors(best)[0], where=str(best))
-    if world.is_first:
-        save_tensors(stage.weights, trainee.weights())
+    _keep_best(stage, trainee, progress, world)
     return progress
 
 
@@ -197,6 +192,15 @@ def tidy(stage: Stage) -> None:
     """Drop what only an unfinished training needs."""
     for name in (CHECKPOINT, PREVIOUS, BEST):
         (stage.folder / name).unlink(missing_ok=True)
+
+
+def _keep_best(stage: Stage, trainee: Trainee, progress: Progress, world: World) -> None:
+    """Leave the best weights, or where none were chosen the last, in the modules and in the stage's file."""
+    world.wait()  # for the best weights to be there
+    if progress.best_step >= 0:
+        trainee.load_weights(load_tensors(stage.folder / BEST)[0], where=str(stage.folder / BEST))
+    if world.is_first:
+        save_tensors(stage.weights, trainee.weights())
 
 
 def _watch(

@@ -438,14 +438,11 @@ def write_published(
             files[_student_file(name, stage)] = _as_published(network, STUDENT)
     members = [[domain for domain, expert in groups.items() if expert == number] for number in range(len(experts))]
     split = (members, {domain: number for number, group in enumerate(members) for domain in group})
-    try:
-        for file_name, tensors in files.items():
-            with written_whole(folder / file_name) as beside, open(beside, "wb") as file:
-                torch.save(OrderedDict((key, _plain(tensor)) for key, tensor in tensors.items()), file)
-        with written_whole(folder / DOMAIN_SPLIT) as beside:
-            beside.write_bytes(pickle.dumps(split, protocol=4))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    for file_name, tensors in files.items():
+        with written_whole(folder / file_name) as beside, open(beside, "wb") as file:
+            torch.save(OrderedDict((key, _plain(tensor)) for key, tensor in tensors.items()), file)
+    with written_whole(folder / DOMAIN_SPLIT) as beside:
+        beside.write_bytes(pickle.dumps(split, protocol=4))
     return [folder / file_name for file_name in (*files, DOMAIN_SPLIT)]
 
 

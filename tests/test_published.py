@@ -726,7 +726,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as caught:
         write(tmp_path / "file", [tiny()], tiny())
-    assert one_line(caught).startswith(f"{tmp_path / 'file'}: cannot be written")
+    assert one_line(caught).startswith(str(tmp_path / "file")) and "cannot be written" in one_line(caught)
 
 
 def test_groups_of_experts_that_there_are_not_are_a_bug(tmp_path: Path) -> None:
