@@ -81,7 +81,8 @@ def _train(run: Run, waiting: list[int], launcher: Launcher) -> None:
                     failed.append(end)
                 else:
                     _check_it_is_here(run.expert_stage(end.number).manifest)
-                    say("".join(last_lines(log_of(run, end.number), 1)))
+                    for line in last_lines(log_of(run, end.number), 1):
+                        say(line)
             bar.n = ended_steps + sum(steps_done(log_of(run, number)) for number in running)
             bar.refresh()
     if failed:

@@ -16,6 +16,9 @@ from dmoe.errors import UserError
 from dmoe.stages import Run
 from experts.process import End, command, log_of
 
+RETRIES_OF_LOST_WORKERS = 3
+"""By Ray itself, on another node; after them comes the launcher's own retry."""
+
 SECONDS_TO_STOP = 60.0
 """How long to wait for processes that were asked to stop."""
 
@@ -54,7 +57,7 @@ class RayCluster:
             ray.shutdown()
             raise UserError(f"experts.threads: {self._cpus} CPUs are more than any node of the Ray cluster has")
         self._task = ray.remote(_task()).options(
-            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=run.config.experts.retries, scheduling_strategy="SPREAD"
+            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=RETRIES_OF_LOST_WORKERS, scheduling_strategy="SPREAD"
         )
         each = f"{'1 GPU and ' if self._gpus else ''}{self._cpus} CPU{'s' if self._cpus > 1 else ''}"
         self.place = f"each on {each} of a Ray cluster of {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
@@ -75,10 +78,10 @@ class RayCluster:
             number = self._running.pop(task)
             try:
                 ends.append(End(number, self._ray.get(task)))
-            except OSError as error:  # of the task
-                raise UserError(f"--launcher ray: {' '.join(str(error.args[-1]).split())}") from None
-            except self._ray.exceptions.RayTaskError:
-                raise
+            except self._ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, OSError):
+                    raise
+                raise UserError(f"--launcher ray: {error.cause}") from None
             except self._ray.exceptions.RayError:  # Ray's own retries are spent
                 ends.append(End(number, None))
         return ends

@@ -91,7 +91,7 @@ class Slurm:
 
     def stop(self) -> None:
         for job in self._jobs:
-            if job.process.poll() is None and shutil.which("scancel") is not None:
+            if job.experts and job.process.poll() is None and shutil.which("scancel") is not None:
                 subprocess.run(["scancel", f"--name={job.name}"], stdin=subprocess.DEVNULL, check=False)
             if job.process.poll() is None:
                 job.process.terminate()
