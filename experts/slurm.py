@@ -37,10 +37,6 @@ class Slurm:
 
     Args:
         gpu: -1: none; otherwise a GPU an expert.
-
-    Raises:
-        UserError: there is no ``sbatch`` here; the script is written then, and the line says what to type. Or a path that
-            cannot be written into a script.
     """
 
     poll_seconds = 1.0
@@ -52,6 +48,12 @@ class Slurm:
         self._jobs: list[_Job] = []
 
     def start(self, numbers: Sequence[int]) -> int:
+        """Submit one array job of all of them.
+
+        Raises:
+            UserError: a path cannot be written into a script; or there is no ``sbatch`` here: the script is written then, and
+                the line says what to type.
+        """
         for number in numbers:
             _status_file(log_of(self._run, number).parent).unlink(missing_ok=True)
         with written_whole(self._script) as beside:

@@ -1,6 +1,6 @@
 """Array jobs: what is in their script, what becomes of their tasks, and that they end in the same weights.
 
-There is no Slurm here. A program of its name runs the tasks one after the other, as the options in the script say.
+There is no Slurm here. A program of its name runs the tasks, two at a time, as the options in the script say.
 """
 
 import os
@@ -24,7 +24,7 @@ from experts.process import End, log_of
 from experts.slurm import Slurm, script
 
 SBATCH = """#!{python} -S
-import os, pathlib, shlex, subprocess, sys
+import concurrent.futures, os, shlex, subprocess, sys
 
 path = sys.argv[-1]
 lines = [line.removeprefix("#SBATCH ") for line in open(path) if line.startswith("#SBATCH ")]
@@ -35,13 +35,15 @@ with open({calls!r}, "a") as file:
 if "--partition" in options:
     sys.exit("sbatch: error: invalid partition specified: " + options["--partition"])
 print("4711", flush=True)
-worst = 0
-for number in options["--array"].split(","):
+
+def train(number):
     output = options["--output"].replace("%2a", number.zfill(2)).replace("%%", "%")
     with open(output, "a" if options["--open-mode"] == "append" else "w") as log:
         environment = dict(os.environ, SLURM_ARRAY_TASK_ID=number)
-        worst = max(worst, subprocess.run(["bash", path], stdout=log, stderr=log, env=environment, cwd="/").returncode)
-sys.exit(worst)
+        return subprocess.run(["bash", path], stdout=log, stderr=log, env=environment, cwd="/").returncode
+
+with concurrent.futures.ThreadPoolExecutor(2) as nodes:
+    sys.exit(max(nodes.map(train, options["--array"].split(","))))
 """
 SCANCEL = """#!{python} -S
 import sys
@@ -186,16 +188,16 @@ def test_stopping_cancels_the_job(run: Run, calls: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_body_of_the_script_run_for_each_task_gives_the_same_weights(undisturbed: Weights, tmp_path: Path) -> None:
+def test_body_of_the_script_run_by_hand_for_a_task_gives_the_same_weights(undisturbed: Weights, tmp_path: Path) -> None:
     run = open_small(tmp_path / "a run")
     for number in range(EXPERTS):
         log_of(run, number).parent.mkdir(parents=True)
     path = tmp_path / "experts.sbatch"
     path.write_text(script(run, range(EXPERTS), gpu=False))
-    for number in range(EXPERTS):
+    for number in (1, 4):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number)}
         subprocess.run(["bash", str(path)], env=environment, cwd="/", check=True, stdout=subprocess.DEVNULL, timeout=300)
-    assert weights_of(tmp_path / "a run") == undisturbed
+    assert weights_of(tmp_path / "a run") == {name: undisturbed[name] for name in ("expert_01", "expert_04")}
 
 
 @pytest.mark.slow
