@@ -1,6 +1,7 @@
 """All stages of Meta-DMoE on one data set, or its test: read from top to bottom, this file is the method."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ EPILOG = """examples:
   python run.py --test                               evaluate the finished run in runs/digits again
   python run.py --test evaluation.support_size=16    with smaller unlabeled batches
   python run.py --dataset iwildcam --data_dir data --dry_run
+  python run.py --dataset iwildcam --data_dir data --launcher slurm 'experts.slurm_options=["--partition=gpu"]'
   python run.py --dataset iwildcam --data_dir data --test --checkpoint_dir model/iwildcam
   torchrun --nproc_per_node=8 run.py --dataset iwildcam --data_dir data meta.domains_per_update=8
 
@@ -44,7 +46,7 @@ def work(options: argparse.Namespace, world: "World") -> None:
         if options.dry_run:
             return
         if not options.load_trained_experts:
-            run.first(lambda: train_all_experts(run, gpu=options.gpu, threads=options.threads))
+            run.first(partial(train_all_experts, run, launcher=options.launcher, gpu=options.gpu, threads=options.threads))
         experts = stages.load_experts(run)
         tokens = stages.make_tokens(run, experts)
         aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
@@ -57,6 +59,12 @@ def read_options() -> argparse.Namespace:
     made = parser(__doc__ or "", epilog=EPILOG)
     made.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on in a run folder (default)")
     made.add_argument("--dry_run", action="store_true", help="say what would happen, how long it takes and how much it writes")
+    made.add_argument(
+        "--launcher",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="where experts train: on this machine (default), a Ray cluster, or as an array job of Slurm",
+    )
     made.add_argument("--load_trained_experts", action="store_true", help="use the experts that are there; train none")
     made.add_argument("--load_pretrained_aggregator", action="store_true", help="use the pretrained aggregator that is there")
     made.add_argument("--load_pretrained_student", action="store_true", help="use the pretrained student that is there")

@@ -53,6 +53,9 @@ class Duration:
 
 NO_STEPS = Duration(0, "steps")
 
+HOW_EXPERTS_ARE_LAUNCHED = ("threads", "retries", "slurm_options")
+"""Fields of ``experts`` that decide where and how fast experts train, but not what becomes of them."""
+
 
 class Section(BaseModel):
     """Fields that nobody may misspell or change."""
@@ -147,6 +150,18 @@ class ExpertsConfig(Section):
     training: TrainingConfig
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of each expert's process; the number of processes follows from it."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often an expert whose process was killed or failed goes on from its last checkpoint, before the run gives it up."""
+    slurm_options: tuple[str, ...] = ()
+    """--launcher slurm only: further options of sbatch, for example ["--partition=gpu", "--time=24:00:00"]."""
+
+    @field_validator("slurm_options", mode="after")
+    @classmethod
+    def _on_one_line(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.startswith("-") or not option.isprintable() or "\\" in option:
+                raise ValueError("must be options of sbatch, each '--name=value' on one line, without backslashes")
+        return options
 
 
 class TokensConfig(Section):

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+import signal
+import sys
 from pathlib import Path
 
 from dmoe.errors import UserError
@@ -52,6 +54,22 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
+
+
+def end_with(parent: int) -> None:
+    """Have the system ask this process to end (SIGTERM) when its parent does, however that ends, as it does where it has already.
+
+    Elsewhere than on Linux nothing happens.
+
+    Args:
+        parent: the process that started this one.
+    """
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1  # of prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before this process had said so
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def choose_device(gpu: int | None, *, number: int = 0) -> str:

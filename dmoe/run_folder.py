@@ -29,7 +29,7 @@ from dmoe.artifacts import (
     write_json,
     written_whole,
 )
-from dmoe.config import Config, first_difference, validate_config
+from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, Config, first_difference, validate_config
 from dmoe.console import say
 from dmoe.errors import UserError
 
@@ -225,7 +225,7 @@ class RunFolder:
 def _locked(config: dict[str, Any]) -> dict[str, Any]:
     """What may not change between two visits to one folder: all but how it is tested, where data lie and how fast it goes."""
     data = {key: value for key, value in config["data"].items() if key not in ("dir", "workers", "decoded_gb", "decoded_dir")}
-    experts = {key: value for key, value in config["experts"].items() if key != "threads"}
+    experts = {key: value for key, value in config["experts"].items() if key not in HOW_EXPERTS_ARE_LAUNCHED}
     meta = {key: value for key, value in config["meta"].items() if key != "memory_gb"}
     kept = {key: value for key, value in config.items() if key not in ("evaluation", "checkpoint_every")}
     return {**kept, "data": data, "experts": experts, "meta": meta}

@@ -24,7 +24,7 @@ from dmoe.artifacts import (
     save_tensors,
     under_prefix,
 )
-from dmoe.config import BackboneConfig, Config, TrainingConfig
+from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, TrainingConfig
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
@@ -85,7 +85,7 @@ class Run:
         config = self.config.model_dump(mode="json")
         chosen = {section: config[section] for section in sections}
         if "experts" in chosen:
-            chosen["experts"].pop("threads")
+            chosen["experts"] = {key: value for key, value in config["experts"].items() if key not in HOW_EXPERTS_ARE_LAUNCHED}
             chosen["groups"] = digest_of_facts({str(domain): expert for domain, expert in self.groups.items()})
         chosen.get("meta", {}).pop("memory_gb", None)
         return {"seed": self.config.seed, "data": self.dataset.fingerprint, **chosen, **more}

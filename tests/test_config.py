@@ -217,6 +217,8 @@ def test_duration_survives_being_written_and_read(text: str) -> None:
         ("meta.inner_lr=fast", "command line: meta.inner_lr must be a number, got 'fast'"),
         ("evaluation.score_support=perhaps", "command line: evaluation.score_support must be true or false, got 'perhaps'"),
         ("meta.mask=hide", "command line: meta.mask must be one of 'remove', 'zero' or 'none', got 'hide'"),
+        ("experts.slurm_options=[gpu]", "command line: experts.slurm_options must be options of sbatch, each '--name=value'"),
+        ('experts.slurm_options=["--x=1\\n2"]', "command line: experts.slurm_options must be options of sbatch"),
         ("student.training.duration=400", "command line: student.training.duration must be a number and a unit"),
     ],
 )

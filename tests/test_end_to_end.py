@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import EXPERTS, SMALL, finish, forget, kill_at, rows, start, step_of, wait_for_checkpoint, weights
+from small_experts import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -71,12 +73,18 @@ def test_expert_training_killed_and_resumed_gives_the_same_weights_and_scores(un
     assert figures[0]["scores"] == figures[1]["scores"]
 
 
-def test_run_whose_experts_outlived_it_waits_for_them_and_ends_the_same(undisturbed: Path, folder: Path) -> None:
+def test_killed_run_takes_its_experts_along_and_the_next_visit_ends_the_same(undisturbed: Path, folder: Path) -> None:
     forget(folder, "experts", "results.jsonl")
     process = start("run.py", folder, *SMALL)
     wait_for_checkpoint(process, folder / "experts" / "expert_00", 5)
+    (expert,) = processes_of(folder, 0)
     process.kill()
     process.communicate()
+    began = time.monotonic()
+    while processes_of(folder, 0) == [expert] and sys.platform == "linux":
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
+    assert not (folder / "experts" / "expert_00" / "manifest.json").exists()
     finish(start("run.py", folder, *SMALL))
     assert weights(folder) == weights(undisturbed)
     assert rows(folder) == rows(undisturbed)

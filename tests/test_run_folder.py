@@ -115,6 +115,8 @@ def test_what_decides_trained_weights_may_not_change(folder: RunFolder, override
         "data.decoded_gb=1",
         "data.decoded_dir=elsewhere",
         "experts.threads=2",
+        "experts.retries=5",
+        "experts.slurm_options=[--partition=gpu]",
         "checkpoint_every=9",
     ],
 )
