@@ -19,6 +19,8 @@ from experts.process import End, command, log_of
 RETRIES_OF_LOST_WORKERS = 3
 """By Ray itself, on another node; after them comes the launcher's own retry."""
 
+SECONDS_TO_ANSWER = 20.0
+
 SECONDS_TO_STOP = 60.0
 """How long to wait for processes that were asked to stop."""
 
@@ -41,11 +43,12 @@ class RayCluster:
             import ray
         except ImportError:
             raise UserError("--launcher ray: Ray is not installed: pip install ray") from None
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
         try:
             ray.init(log_to_driver=False, logging_level="WARNING")
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"--launcher ray: no cluster can be reached: {' '.join(str(error).split())}") from None
+            raise UserError(f"--launcher ray: no cluster can be reached: {str(error).splitlines()[0]}") from None
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own there
         self._ray: Any = ray
@@ -92,6 +95,17 @@ class RayCluster:
         if self._running:
             self._ray.wait(list(self._running), num_returns=len(self._running), timeout=SECONDS_TO_STOP)
         self._ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for minutes to reach a ``host:port`` where nobody answers."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "//" in host:
+        return  # what else Ray understands: auto, local, the address of a client
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        raise UserError(f"--launcher ray: no cluster at RAY_ADDRESS={address}: {error.strerror or error}") from None
 
 
 def _share(nodes: Sequence[dict[str, float]], threads: int) -> tuple[int, int]:

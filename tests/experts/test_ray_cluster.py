@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from noise import run_in
 from small_experts import EXPERTS, Weights, killing, open_small, weights_of
+from told import one_line
 
 from dmoe.errors import UserError
 from experts import ray_cluster
 from experts.launch import train_all_experts
 from experts.process import log_of
-from experts.ray_cluster import RayCluster, _share
+from experts.ray_cluster import RayCluster, _check_address, _share
 
 
 @pytest.mark.parametrize(
@@ -124,9 +125,13 @@ def test_stopping_ends_the_processes_of_experts(tmp_path: Path, monkeypatch: pyt
         os.kill(int(log_of(run, 0).read_text()), 0)
 
 
-@pytest.mark.slow
-def test_cluster_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed (the extra 'ray')")
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(UserError, match="--launcher ray: no cluster can be reached: "):
-        RayCluster(run_in(tmp_path), gpu=-1)
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "nowhere.invalid:6379"])
+def test_cluster_that_cannot_be_reached_is_told_at_once(address: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _check_address(address)
+    assert one_line(caught).startswith(f"--launcher ray: no cluster at RAY_ADDRESS={address}: ")
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local", "ray://head:10001"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
+    _check_address(address)
