@@ -125,7 +125,7 @@ class Adapter:
         """What is done with an adapted student by its diagnosis."""
         if self.ranges is None:
             return adapted
-        diagnosis = self.ranges.judged(adapted.diagnosis)
+        diagnosis = self.ranges.judged(adapted.diagnosis.statistics, images=adapted.diagnosis.images)
         if diagnosis.suspect and self._on_suspect == "warn":
             warnings.warn(SuspectAdaptation(str(diagnosis)), stacklevel=3)
         falls_back = diagnosis.suspect and self._on_suspect == "fall_back"

@@ -45,7 +45,8 @@ def measure_ranges(run: Run, tokens: Mapping[str, TokenStore]) -> None:
             say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
             return
         began, cpu_began = time.perf_counter(), time.process_time()
-        stage.manifest.unlink(missing_ok=True)
+        for path in (stage.manifest, stage.folder / RANGES):
+            path.unlink(missing_ok=True)
         # As in training, however the run is tested later.
         model = load_as(run.folder, run.config.model_copy(update={"evaluation": EvaluationConfig()}), device=run.device)
         episodes = {name: _episodes(run, model, name, store) for name, store in tokens.items()}
