@@ -20,6 +20,7 @@ from dmoe.errors import UserError
 from dmoe.meta_stage import meta_train_student
 from dmoe.model import Model, load_as
 from dmoe.stages import Run
+from dmoe.tasks import TaskKind
 from dmoe.tokens import TokenStore
 from dmoe.watch_stage import batches_of, measure_ranges
 from experts.training import train_expert
@@ -36,10 +37,10 @@ class Steady(noise.Noise):
         return every[index] + 0.1 * self.domains[index].view(-1, 1, 1, 1)
 
 
-def run_in(folder: Path, *overrides: str) -> Run:
-    run = noise.run_in(folder, *SETTINGS, *overrides)
+def run_in(folder: Path, *overrides: str, kind: TaskKind = "multiclass") -> Run:
+    run = noise.run_in(folder, *SETTINGS, *overrides, kind=kind)
     steady = {
-        name: Steady(len(split), first=int(split.domains.min()), domains=len(split.domain_names), kind="multiclass")
+        name: Steady(len(split), first=int(split.domains.min()), domains=len(split.domain_names), kind=kind)
         for name, split in run.dataset.splits.items()
     }
     return replace(run, dataset=replace(run.dataset, splits=steady))
@@ -49,11 +50,8 @@ def tokens_of(run: Run) -> dict[str, TokenStore]:
     return stages.make_tokens(run, stages.load_experts(run))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is finished up to meta-training."""
-    folder = tmp_path_factory.mktemp("watch") / "run"
-    run = run_in(folder)
+def train(run: Run) -> None:
+    """All stages up to meta-training."""
     run.folder.claim(run.config)
     for number in range(run.config.experts.count):
         train_expert(run, number)
@@ -61,6 +59,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = stages.make_tokens(run, experts)
     aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width)
     meta_train_student(run, tokens, experts, aggregator, stages.pretrain_student(run))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watch") / "run"
+    train(run_in(folder))
     return folder
 
 
@@ -192,6 +196,19 @@ def test_what_to_do_with_a_suspect_is_configured(run: Run) -> None:
     adapted = model.adapt(odd)
     assert adapted.diagnosis.suspect
     assert torch.equal(adapted.logits(odd), model.student.logits(odd))
+
+
+@pytest.mark.parametrize(("kind", "first"), [("binary", "spread of predictions"), ("regression", "spread of values")])
+def test_other_tasks_are_watched_too(tmp_path: Path, kind: TaskKind, first: str) -> None:
+    run = run_in(tmp_path / "run", kind=kind)
+    train(run)
+    measure_ranges(run, tokens_of(run))
+    model = dmoe.load(run.folder.path)
+    assert model.ranges is not None
+    assert next(iter(model.ranges.by_name)) == first
+    assert ("entropy of predictions" in model.ranges.by_name) == (kind == "binary")
+    with pytest.warns(dmoe.SuspectAdaptation, match=f"suspect: .*images: 1, training episodes {SUPPORT}"):
+        model.adapt(torch.rand(1, 1, 4, 4))
 
 
 # Batches
