@@ -91,8 +91,8 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
 
 
 def read_ranges(run: RunFolder, config: Config) -> Ranges | None:
-    """What adapting does in the run's training episodes; None where that was not measured with these weights, or where adapting
-    is not what it was then, because experts normalise by the batch.
+    """What adapting does in the run's training episodes; None where that was not measured with these weights, where domains are
+    too few or too small to tell, or where adapting is not what it was then, because experts normalise by the batch.
 
     Raises:
         UserError: the file is damaged.
@@ -106,7 +106,8 @@ def read_ranges(run: RunFolder, config: Config) -> Ranges | None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): delete {path.parent} and let run.py make it") from None
     meta = run.stage("meta", {}).manifest
-    return ranges if meta.is_file() and read_json(meta)["files"] == weights else None
+    ours = meta.is_file() and read_json(meta)["files"] == weights
+    return ranges if ours and ranges.by_name else None
 
 
 def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) -> Aggregator:

@@ -170,6 +170,16 @@ def test_another_support_size_and_a_damaged_file_are_measured_again(run: Run) ->
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(("support", "batches"), [(11, 5), (21, 0)])
+def test_domains_with_fewer_images_than_a_batch_tell_nothing(run: Run, measured: list[Any], support: int, batches: int) -> None:
+    measure_ranges(run_in(run.folder.path, f"evaluation.support_size={support}"), tokens_of(run))
+    assert len(measured) == batches, "source domains have 20 images, validation domains 10"
+    model = dmoe.load(run.folder.path)
+    assert (model.ranges is None) == (batches == 0)
+    if batches == 0:
+        assert str(model.adapt(torch.rand(1, 1, 4, 4)).diagnosis) == str(dmoe.Diagnosis())
+
+
 @pytest.mark.parametrize("content", [{}, {"images": 8, "ranges": {}}, {"images": 8, "ranges": {"a": 3}, "made_from": {"meta": {}}}])
 def test_a_file_that_holds_no_ranges_is_refused_by_name(run: Run, content: dict[str, Any]) -> None:
     path = run.folder.path / "diagnosis" / "ranges.json"
