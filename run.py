@@ -39,6 +39,7 @@ def work(options: argparse.Namespace, world: "World") -> None:
 
     from dmoe import plan, stages, testing
     from dmoe.meta_stage import meta_train_student
+    from dmoe.watch_stage import measure_ranges
     from experts.launch import train_all_experts
 
     if not options.test:
@@ -52,6 +53,7 @@ def work(options: argparse.Namespace, world: "World") -> None:
         aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
         student = stages.pretrain_student(run, only_load=options.load_pretrained_student)
         meta_train_student(run, tokens, experts, aggregator, student)
+        run.first(partial(measure_ranges, run, tokens))
     testing.test(run, options.split, published=run.published if options.test else None)
 
 

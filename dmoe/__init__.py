@@ -4,12 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmoe.adaptation import Adapter
-    from dmoe.errors import UserError
+    from dmoe.diagnosis import Diagnosis
+    from dmoe.errors import SuspectAdaptation, UserError
     from dmoe.model import Model, load
 
-__all__ = ["Adapter", "Model", "UserError", "load"]
+__all__ = ["Adapter", "Diagnosis", "Model", "SuspectAdaptation", "UserError", "load"]
 
-_HOMES = {"Adapter": "dmoe.adaptation", "Model": "dmoe.model", "UserError": "dmoe.errors", "load": "dmoe.model"}
+_HOMES = {
+    "Adapter": "dmoe.adaptation",
+    "Diagnosis": "dmoe.diagnosis",
+    "Model": "dmoe.model",
+    "SuspectAdaptation": "dmoe.errors",
+    "UserError": "dmoe.errors",
+    "load": "dmoe.model",
+}
 
 
 def __getattr__(name: str) -> Any:

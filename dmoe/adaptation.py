@@ -1,16 +1,23 @@
-"""The product: a student that adapts itself to one unlabeled batch of a domain it has never seen."""
+"""The product: a student that adapts itself to one unlabeled batch of a domain it has never seen, and says when that went oddly."""
 
+import warnings
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dmoe.diagnosis import Ranges, Statistics
+from dmoe.errors import SuspectAdaptation
 from dmoe.meta.gradient import InnerLoss
 from dmoe.models.copying import private_copy
 from dmoe.models.expert_pool import BatchNormStatistics, ExpertPool
 from dmoe.models.student import InnerSteps, Student
 from dmoe.precision import Precision
 from dmoe.tasks import Task
+
+OnSuspect = Literal["keep", "warn", "fall_back"]
+"""What becomes of an adapted student that is suspect: returned; returned with a warning; the unadapted one returned instead."""
 
 
 class Adapter:
@@ -21,6 +28,7 @@ class Adapter:
 
     Attributes:
         student: the student before adapting.
+        ranges: what adapting does in training episodes; None: not known, and nothing is watched.
     """
 
     def __init__(
@@ -36,6 +44,8 @@ class Adapter:
         expert_batch_norm: BatchNormStatistics = "running",
         expert_precision: Precision = "float32",
         task: Task | None = None,
+        ranges: Ranges | None = None,
+        on_suspect: OnSuspect = "warn",
     ) -> None:
         """
         Args:
@@ -48,9 +58,12 @@ class Adapter:
             expert_batch_norm: see :class:`~dmoe.models.expert_pool.ExpertPool`.
             expert_precision: that the experts compute in, see :func:`~dmoe.precision.computing_in`.
             task: how logits become probabilities; left out, they are a softmax over K classes.
+            ranges: of training episodes, see :mod:`dmoe.diagnosis`; with them, every adapted student has a diagnosis.
+            on_suspect: what is done where the diagnosis is suspect; ``warn`` is by :class:`~dmoe.errors.SuspectAdaptation`.
         """
         self._experts = ExpertPool(experts, batch_norm=expert_batch_norm, precision=expert_precision)
         self._aggregator = private_copy(aggregator)
+        self.ranges, self._on_suspect = ranges, on_suspect
         self._inner: InnerSteps = {"inner_lr": inner_lr, "inner_steps": inner_steps, "inner_loss": inner_loss}
         self.student = Student(features=features, head=head, task=task or Task("multiclass", num_outputs=0))
 
@@ -60,7 +73,7 @@ class Adapter:
         return self._target_of(self._experts(images.to(self.student.device)))
 
     def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student:
-        """The student adapted to a domain.
+        """The student adapted to a domain. Its ``diagnosis`` says whether adapting went as in training episodes.
 
         Args:
             images: ``[B, C, H, W]``, unlabeled, of that domain.
@@ -69,11 +82,18 @@ class Adapter:
         Raises:
             ValueError: ``images`` is not a batch of at least one image, or its targets are not as wide as its features.
         """
+        return self._judged(self._adapted(images, tokens, watched=self.ranges is not None))
+
+    def measure(self, images: Tensor, *, tokens: Tensor | None = None) -> Statistics:
+        """What ranges are learned from: the statistics of adapting to ``images``, by name; see :func:`~dmoe.diagnosis.measured`."""
+        return self._adapted(images, tokens, watched=True).diagnosis.statistics
+
+    def _adapted(self, images: Tensor, tokens: Tensor | None, *, watched: bool) -> Student:
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")
         images = images.to(self.student.device)
         target = self.target(images) if tokens is None else self._target_of(tokens.to(self.student.device))
-        return self.student.adapted(images, target, **self._inner)
+        return self.student.adapted(images, target, watched=watched, **self._inner)
 
     def adapt_many(self, images: Tensor) -> list[Student]:
         """The students adapted to several domains, in one pass through the experts, the aggregator and the inner steps.
@@ -95,7 +115,21 @@ class Adapter:
             target = torch.cat([self.target(part) for part in images])
         else:
             target = self.target(images.flatten(0, 1))
-        return self.student.adapted_to_many(images, target.unflatten(0, (domains, count)), **self._inner)
+        targets, watched = target.unflatten(0, (domains, count)), self.ranges is not None
+        students = self.student.adapted_to_many(images, targets, watched=watched, **self._inner)
+        for number, student in enumerate(students):
+            students[number] = self._judged(student)
+        return students
+
+    def _judged(self, adapted: Student) -> Student:
+        """What is done with an adapted student by its diagnosis."""
+        if self.ranges is None:
+            return adapted
+        diagnosis = self.ranges.judged(adapted.diagnosis.statistics, images=adapted.diagnosis.images)
+        if diagnosis.suspect and self._on_suspect == "warn":
+            warnings.warn(SuspectAdaptation(str(diagnosis)), stacklevel=3)
+        falls_back = diagnosis.suspect and self._on_suspect == "fall_back"
+        return (self.student if falls_back else adapted).diagnosed(diagnosis)
 
     @torch.no_grad()
     def _target_of(self, tokens: Tensor) -> Tensor:

@@ -240,6 +240,9 @@ class EvaluationConfig(Section):
     """Images predicted at a time."""
     expert_batch_norm: Literal["running", "batch"] = "running"
     """Statistics that the experts normalise by; batch: as the public code's --test entry."""
+    on_suspect: Literal["keep", "warn", "fall_back"] = "warn"
+    """Where adapting to a domain goes otherwise than in training episodes: use the adapted student; use it and say so; or use the
+    unadapted one."""
 
 
 class Config(Section):

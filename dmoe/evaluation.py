@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from dmoe.console import progress_over
 from dmoe.data.base import DomainDataset
 from dmoe.data.streams import stored_images
+from dmoe.diagnosis import Diagnosis
 from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.models.student import Student
@@ -46,6 +47,7 @@ class Evaluation:
         predictions: ``[n]``, by image number; of images that are not scored too.
         selection_metric: the key of ``overall`` by which to choose.
         headline: the key of the metrics of a domain that says most.
+        diagnoses: of each domain, by its number, what its support images were adapted to as; none where that is not watched.
     """
 
     overall: Mapping[str, float]
@@ -53,6 +55,7 @@ class Evaluation:
     predictions: Tensor
     selection_metric: str
     headline: str
+    diagnoses: Mapping[int, Diagnosis] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -121,22 +124,29 @@ def evaluate_all(
 
     kind = torch.float32 if task.kind == "regression" else torch.int64
     predictions = {method: torch.zeros(len(images), dtype=kind) for method in methods}
+    diagnoses: dict[str, dict[int, Diagnosis]] = {method: {} for method in methods}
     scored: dict[int, Tensor] = {}
     for domain, members in progress_over(here.items(), name=name, unit="domain"):
         unlabeled = next(batches)
         students = {method: _adapted(methods[method], unlabeled, supports[domain]) for method in methods}
+        for method, student in students.items():
+            if student.diagnosis.ranges:
+                diagnoses[method][domain] = student.diagnosis
         for index in members.split(batch_size):
             batch = next(batches)
             for method, student in students.items():
                 predictions[method][index] = task.predictions(student.logits(batch)).cpu().to(kind)
     world.add_up(list(predictions.values()))  # zero but in one of the processes
+    for others in world.gathered(diagnoses):
+        for method, found in others.items():
+            diagnoses[method] |= found
     for domain, members in images.members.items():
         counted = members if score_support else members[support_size:]
         if len(counted):
             scored[domain] = counted
     if not scored:
         raise UserError(f"evaluation.support_size: no domain has more than {support_size} images, and none is left to score")
-    return {method: _judged(dataset, split, predicted, scored) for method, predicted in predictions.items()}
+    return {method: _judged(dataset, split, predictions[method], scored, diagnoses[method]) for method in methods}
 
 
 def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor) -> Student:
@@ -145,9 +155,15 @@ def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor) -> Stud
     return method.adapt(images)
 
 
-def _judged(dataset: DomainDataset, split: str, predictions: Tensor, scored: Mapping[int, Tensor]) -> Evaluation:
+def _judged(
+    dataset: DomainDataset,
+    split: str,
+    predictions: Tensor,
+    scored: Mapping[int, Tensor],
+    diagnoses: Mapping[int, Diagnosis],
+) -> Evaluation:
     task, labels = dataset.task, dataset.splits[split].labels
     domains = {domain: task.metrics(predictions[counted], labels[counted]) for domain, counted in scored.items()}
     together = torch.cat(list(scored.values()))
     overall = dataset.metrics(split, together, predictions[together])
-    return Evaluation(overall, domains, predictions, dataset.selection_metric, task.headline)
+    return Evaluation(overall, domains, predictions, dataset.selection_metric, task.headline, diagnoses)

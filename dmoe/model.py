@@ -13,6 +13,7 @@ from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix, wri
 from dmoe.config import AggregatorConfig, BackboneConfig, Config
 from dmoe.data.base import DomainDataset
 from dmoe.data.transforms import ImageTransform
+from dmoe.diagnosis import Ranges
 from dmoe.errors import UserError
 from dmoe.meta.learner import ZeroTarget
 from dmoe.models.aggregator import Aggregator
@@ -21,6 +22,9 @@ from dmoe.run_folder import RunFolder, Stage
 from dmoe.tasks import Task
 
 DESCRIPTION = "model.json"
+RANGES = "ranges.json"
+"""What adapting does in training episodes, in the folder ``diagnosis``."""
+
 AnyAdapter = TypeVar("AnyAdapter", bound=Adapter)
 
 
@@ -80,7 +84,8 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
     load_into(aggregator, under_prefix("aggregator", trained), where=str(meta))
     for module in (student, aggregator, *experts):
         module.to(device)
-    model = build_adapter(config, task, experts=experts, aggregator=aggregator, student=student, kind=Model)
+    ranges = read_ranges(run, config)
+    model = build_adapter(config, task, experts=experts, aggregator=aggregator, student=student, kind=Model, ranges=ranges)
     model.transform, model.class_names, model.config = transform, class_names, config
     return model
 
@@ -90,6 +95,26 @@ def _whole(stage: Stage) -> Path:
     if stage.manifest.exists():
         stage.refuse_damaged(read_json(stage.manifest))
     return stage.weights
+
+
+def read_ranges(run: RunFolder, config: Config) -> Ranges | None:
+    """What adapting does in the run's training episodes; None where that was not measured with these weights, where domains are
+    too few or too small to tell, or where adapting is not what it was then, because experts normalise by the batch.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.path / "diagnosis" / RANGES
+    if not path.is_file() or config.evaluation.expert_batch_norm != "running":
+        return None
+    facts = read_json(path)
+    try:
+        ranges, weights = Ranges.from_facts(facts), facts["made_from"]["meta"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): delete {path.parent} and let run.py make it") from None
+    meta = run.stage("meta", {}).manifest
+    ours = meta.is_file() and read_json(meta)["files"] == weights
+    return ranges if ours and ranges.by_name else None
 
 
 def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) -> Aggregator:
@@ -111,9 +136,16 @@ def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) 
 
 
 def build_adapter(
-    config: Config, task: Task, *, experts: Sequence[Network], aggregator: nn.Module, student: Network, kind: type[AnyAdapter]
+    config: Config,
+    task: Task,
+    *,
+    experts: Sequence[Network],
+    aggregator: nn.Module,
+    student: Network,
+    kind: type[AnyAdapter],
+    ranges: Ranges | None = None,
 ) -> AnyAdapter:
-    """The product, from its parts, by the configuration's inner step and batch-norm statistics."""
+    """The product, from its parts, by the configuration's inner step, batch-norm statistics and what to do where it is suspect."""
     return kind(
         features=student.features,
         head=student.head,
@@ -125,6 +157,8 @@ def build_adapter(
         expert_batch_norm=config.evaluation.expert_batch_norm,
         expert_precision=config.tokens.precision,
         task=task,
+        ranges=ranges,
+        on_suspect=config.evaluation.on_suspect,
     )
 
 

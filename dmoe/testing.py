@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from dmoe.baselines.batch_statistics import BatchStatistics
 from dmoe.baselines.unadapted import Unadapted
 from dmoe.console import say
 from dmoe.data.base import DomainDataset
-from dmoe.errors import UserError
+from dmoe.errors import SuspectAdaptation, UserError
 from dmoe.evaluation import Evaluation, Method, WithTokens
 from dmoe.model import build_adapter, build_aggregator, load_as
 from dmoe.models.networks import Network
@@ -56,15 +57,11 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
     if trained.plain is not None:
         methods |= {"ERM student": Unadapted(trained.plain), "batch statistics": BatchStatistics(trained.plain)}
     methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
-    evaluations = run.evaluate_all(methods, split, name="test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SuspectAdaptation)  # told below
+        evaluations = run.evaluate_all(methods, split, name="test")
     if not run.world.is_first:
         return
-    for name, evaluation in evaluations.items():
-        run.folder.append_result(result_row(run, name, split, evaluation, weights=trained.weights))
-        if not run.dataset.unreadable:
-            path = run.folder.path / "predictions" / name.replace(" ", "_") / predictions_name(run, split)
-            write_predictions(path, evaluation)
-
     settings, dataset = run.config.evaluation, run.dataset
     scored = "included in" if settings.score_support else "left out of"
     say(f"\n{split} domains, adapted to {run.config.support_size} unlabeled images of each, {scored} the score")
@@ -73,6 +70,13 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
     say("\n" + overall_table(evaluations, dataset))
     if len(evaluations["adapted"].domains) <= DOMAINS_SHOWN:
         say("\n" + domain_table(evaluations, dataset.splits[split].domain_names))
+    if evaluations["adapted"].diagnoses:
+        say("\n" + watched_lines(evaluations["adapted"], dataset.splits[split].domain_names, told=settings.on_suspect != "keep"))
+    for name, evaluation in evaluations.items():
+        run.folder.append_result(result_row(run, name, split, evaluation, weights=trained.weights))
+        if not run.dataset.unreadable:
+            path = run.folder.path / "predictions" / name.replace(" ", "_") / predictions_name(run, split)
+            write_predictions(path, evaluation)
     say(f"\ntested in {time.perf_counter() - began:.0f} s; run folder: {run.folder.path}")
 
 
@@ -81,6 +85,8 @@ def result_row(
 ) -> dict[str, Any]:
     """A line of ``results.jsonl``."""
     names = run.dataset.splits[split].domain_names
+    if evaluation.diagnoses:
+        more["suspect"] = {names[domain]: str(one) for domain, one in evaluation.diagnoses.items() if one.suspect}
     return {
         "method": method,
         "dataset": run.dataset.name,
@@ -139,6 +145,16 @@ def domain_table(evaluations: Mapping[str, Evaluation], names: Mapping[int, str]
         values = [e.domains[domain][e.headline] for e in evaluations.values()]
         rows.append([names.get(domain, str(domain)), *(_number(value, percent=first.headline == "accuracy") for value in values)])
     return _text(rows, rules=[1])
+
+
+def watched_lines(evaluation: Evaluation, names: Mapping[int, str], *, told: bool) -> str:
+    """How many domains were suspect, and which; where ``told``, a line for each of the first says why."""
+    suspect = {names.get(domain, str(domain)): one for domain, one in evaluation.diagnoses.items() if one.suspect}
+    among = f"{len(suspect)} of {len(evaluation.diagnoses)} domains suspect"
+    lines = [f"adapted: {among}" + (f": {', '.join(list(suspect)[:DOMAINS_SHOWN])}" if suspect else "")]
+    if told:
+        lines += [f"  {name}: {one}" for name, one in list(suspect.items())[:DOMAINS_SHOWN]]
+    return "\n".join(lines)
 
 
 def _finished_run(run: Run) -> Trained:

@@ -53,7 +53,7 @@ class Work:
 
     def at_work(self, folder: Path) -> str:
         """The stage that the run is in."""
-        order = ("experts", "tokens", "aggregator", "student", "meta")
+        order = ("experts", "tokens", "aggregator", "student", "meta", "diagnosis")
         unfinished = {stage.parts[0] for stage in self._figures if not (folder / stage / "manifest.json").exists()}
         return next((name for name in order if name in unfinished), "test")
 
@@ -197,7 +197,7 @@ def _end(process: "subprocess.Popen[bytes]", how: str) -> list[str]:
 
 def different(one: Path, other: Path) -> list[str]:
     """Files of weights, tokens, predictions and results that are not equal to the bit."""
-    kinds = ("weights.safetensors", "tokens.npy", "*.csv", "results.jsonl", "model.json")
+    kinds = ("weights.safetensors", "tokens.npy", "*.csv", "results.jsonl", "model.json", "ranges.json")
     ours, theirs = (
         {p.relative_to(folder): digest_of_file(p) for kind in kinds for p in folder.rglob(kind)} for folder in (one, other)
     )

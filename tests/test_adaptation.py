@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.adaptation import Adapter
+from dmoe.diagnosis import Diagnosis, Range, Ranges
+from dmoe.errors import SuspectAdaptation
 from dmoe.tasks import Task
 
 D, K = 6, 3
@@ -219,3 +222,138 @@ def test_many_domains_at_once_are_adapted_to_as_one_by_one(settings: dict[str, A
 def test_many_domains_need_five_dimensions_and_an_image_each(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"adapt_many takes images \[G, B, C, H, W\]"):
         Parts().adapter().adapt_many(torch.zeros(shape, dtype=torch.float64))
+
+
+# Watched
+
+NEVER, ALWAYS = Range(0.0, 1e300), Range(-2.0, -1.0)
+TASKS = [Task("multiclass", num_outputs=K), Task("regression", num_outputs=K), Task("binary", num_outputs=1)]
+
+
+def ranges(bounds: Range) -> Ranges:
+    names = ["spread of predictions", "spread of values", "variation of features", "movement of features"]
+    return Ranges(dict.fromkeys(names, bounds), images=5)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+def test_a_diagnosis_tells_of_the_students_before_and_after(parts: Parts, task: Task) -> None:
+    if task.kind == "binary":
+        parts.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 1)).double()
+    x = batch()
+    adapter = parts.adapter(task=task, ranges=ranges(NEVER), inner_steps=2)
+    adapted = adapter.adapt(x)
+    found = adapted.diagnosis.statistics
+    before, after, target = (f.detach().numpy() for f in (adapter.student.features(x), adapted.features(x), adapter.target(x)))
+    assert found["movement of features"] == pytest.approx(np.sqrt(np.mean((after - before) ** 2)), rel=1e-10)
+    assert found["distance to targets"] == pytest.approx(np.sqrt(np.mean((before - target) ** 2)), rel=1e-10)
+    assert found["variation of features"] == pytest.approx(np.sqrt(before.var(axis=0, ddof=1).mean()), rel=1e-10)
+    said = adapted.predict(x).numpy()
+    if task.kind == "regression":
+        assert found["spread of values"] == pytest.approx(np.sqrt(said.var(axis=0, ddof=1).mean()), rel=1e-10)
+        assert not any("predictions" in name for name in found)
+    else:
+        mean = said.mean(axis=0)
+        assert found["spread of predictions"] == pytest.approx(-(mean * np.log(mean)).sum(), rel=1e-10)
+        assert found["entropy of predictions"] == pytest.approx(-(said * np.log(said)).sum(axis=1).mean(), rel=1e-10)
+    assert found == adapter.measure(x)
+    assert (adapted.diagnosis.images, adapted.diagnosis.usual_images) == (5, 5)
+
+
+def test_without_ranges_nothing_is_measured_and_nothing_suspect(parts: Parts) -> None:
+    adapter = parts.adapter(on_suspect="fall_back")
+    for student in (adapter.adapt(batch()), *adapter.adapt_many(batch()[None]), adapter.student):
+        assert student.diagnosis == Diagnosis()
+        assert not student.diagnosis.suspect and "no ranges" in str(student.diagnosis)
+
+
+@pytest.mark.parametrize("bounds", [NEVER, ALWAYS], ids=["as in training", "suspect"])
+@pytest.mark.filterwarnings("ignore::dmoe.SuspectAdaptation")
+@pytest.mark.parametrize("on_suspect", ["keep", "warn"])
+def test_watching_changes_no_bit_of_what_is_adapted(parts: Parts, on_suspect: str, bounds: Range) -> None:
+    x, fresh = batch(), batch()
+    plain, watched = parts.adapter(), parts.adapter(ranges=ranges(bounds), on_suspect=on_suspect)
+    assert torch.equal(watched.adapt(x).logits(fresh), plain.adapt(x).logits(fresh))
+    many = zip(watched.adapt_many(torch.stack([x, fresh])), plain.adapt_many(torch.stack([x, fresh])), strict=True)
+    assert all(torch.equal(one.logits(fresh), other.logits(fresh)) for one, other in many)
+
+
+def test_a_suspect_is_warned_of_where_adapt_was_called(parts: Parts) -> None:
+    adapter = parts.adapter(ranges=ranges(ALWAYS))
+    with pytest.warns(SuspectAdaptation) as told:
+        adapted = adapter.adapt(batch())
+        adapter.adapt_many(torch.stack([batch(), batch()]))
+    assert len(told) == 3
+    assert str(told[0].message) == str(adapted.diagnosis) and str(adapted.diagnosis).startswith("suspect: spread of predictions ")
+    assert {warning.filename for warning in told} == {__file__}
+
+
+@pytest.mark.filterwarnings("error::dmoe.SuspectAdaptation")
+def test_a_suspect_that_is_kept_or_fallen_back_from_is_not_warned_of(parts: Parts) -> None:
+    for on_suspect in ("keep", "fall_back"):
+        assert parts.adapter(ranges=ranges(ALWAYS), on_suspect=on_suspect).adapt(batch()).diagnosis.suspect
+    assert not parts.adapter(ranges=ranges(NEVER)).adapt(batch()).diagnosis.suspect
+
+
+def test_falling_back_gives_the_unadapted_student_with_the_diagnosis(parts: Parts) -> None:
+    x, fresh = batch(), batch()
+    adapter = parts.adapter(ranges=ranges(ALWAYS), on_suspect="fall_back")
+    unadapted = adapter.student.logits(fresh)
+    for student in (adapter.adapt(x), *adapter.adapt_many(torch.stack([x, fresh]))):
+        assert student.diagnosis.suspect
+        assert torch.equal(student.logits(fresh), unadapted)
+    assert adapter.student.diagnosis == Diagnosis(), "the adapter's own student stays as it is"
+    trusting = parts.adapter(ranges=ranges(NEVER), on_suspect="fall_back")
+    assert torch.equal(trusting.adapt(x).logits(fresh), parts.adapter().adapt(x).logits(fresh))
+
+
+def test_only_the_suspect_of_many_domains_falls_back(parts: Parts) -> None:
+    one_image_again = batch(1).expand(5, -1, -1, -1)
+    bounds = Ranges({"variation of features": Range(1e-6, 1e9)}, images=5)
+    adapter = parts.adapter(ranges=bounds, on_suspect="fall_back")
+    varied, same = adapter.adapt_many(torch.stack([batch(), one_image_again]))
+    assert (varied.diagnosis.suspect, same.diagnosis.outside) == (False, ("variation of features",))
+    fresh = batch()
+    assert torch.equal(same.logits(fresh), adapter.student.logits(fresh))
+    assert not torch.equal(varied.logits(fresh), adapter.student.logits(fresh))
+
+
+@pytest.mark.parametrize("settings", [{}, {"inner_steps": 3, "inner_lr": 0.03}, {"inner_loss": "norm"}])
+def test_many_domains_at_once_have_the_diagnoses_of_each(settings: dict[str, Any]) -> None:
+    adapter, images = Parts().adapter(ranges=ranges(NEVER), **settings), torch.randn(4, 5, 2, 6, 6, dtype=torch.float64) / 3
+    for found, domain in zip(adapter.adapt_many(images), images, strict=True):
+        assert found.diagnosis.statistics == pytest.approx(adapter.adapt(domain).diagnosis.statistics, rel=1e-9)
+        assert found.diagnosis.images == 5
+
+
+def test_one_image_is_adapted_to_and_does_not_vary(parts: Parts) -> None:
+    found = parts.adapter(ranges=ranges(NEVER)).adapt(batch(1)).diagnosis
+    assert found.statistics["variation of features"] == 0
+    assert "images: 1, training episodes 5" in str(
+        parts.adapter(ranges=ranges(ALWAYS), on_suspect="keep").adapt(batch(1)).diagnosis
+    )
+
+
+def test_watching_costs_one_pass_of_the_student_and_none_of_the_experts(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = {"student": 0, "experts": 0}
+
+    def counted(name: str, forward: Any) -> Any:
+        def count(module: nn.Module, x: Tensor) -> Tensor:
+            passes[name] += 1
+            return forward(module, x)
+
+        return count
+
+    class Mine(nn.Linear):
+        pass
+
+    class Pool(nn.AdaptiveAvgPool2d):
+        pass
+
+    parts.features[5] = Mine(4 * 4 * 4, D).double()
+    parts.experts[0][2] = Pool(1)
+    monkeypatch.setattr(Mine, "forward", counted("student", nn.Linear.forward))
+    monkeypatch.setattr(Pool, "forward", counted("experts", nn.AdaptiveAvgPool2d.forward))
+    parts.adapter().adapt(batch())
+    assert passes == {"student": 1, "experts": 1}
+    parts.adapter(ranges=ranges(NEVER)).adapt(batch())
+    assert passes == {"student": 1 + 2, "experts": 2}

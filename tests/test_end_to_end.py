@@ -16,9 +16,14 @@ from torch import Tensor
 
 import dmoe
 from dmoe.artifacts import load_tensors, read_json
+from dmoe.config import EvaluationConfig
 from dmoe.data import digits
+from dmoe.model import load_as
+from dmoe.run_folder import RunFolder
+from scripts import suspects
 
 pytestmark = pytest.mark.slow
+QUIET = EvaluationConfig(on_suspect="keep")
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +107,10 @@ def test_experts_trained_each_in_its_own_process_give_the_same_weights_and_rows(
 
 
 def test_second_run_says_that_all_is_finished_and_changes_no_file(folder: Path) -> None:
-    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
     changed = {path: path.stat().st_mtime_ns for path in contents if path.name != "model.json"}
     out = finish(start("run.py", folder, *SMALL))
-    for stage in (f"experts: all {EXPERTS}", "aggregator:", "student:", "meta:"):
+    for stage in (f"experts: all {EXPERTS}", "aggregator:", "student:", "meta:", "diagnosis:"):
         assert f"{stage} already finished from the same inputs" in out
     assert out.count("already stored") == 2
     assert {path: path.stat().st_mtime_ns for path in changed} == changed
@@ -134,6 +139,35 @@ def test_loaded_model_knows_its_images_and_classes(undisturbed: Path) -> None:
     assert model.transform.image_shape == (1, 14, 14)
     assert list(model.class_names) == [str(digit) for digit in range(10)]
     assert model.config.experts.count == EXPERTS
+
+
+def test_loaded_model_tells_a_batch_that_is_not_like_training_episodes(undisturbed: Path) -> None:
+    model = dmoe.load(undisturbed)
+    images = digits.load().splits["validation"].images(torch.arange(64))
+    assert not model.adapt(images).diagnosis.suspect
+    with pytest.warns(dmoe.SuspectAdaptation, match="suspect: spread of predictions .*; images: 1, training episodes 64"):
+        assert model.adapt(images[:1]).diagnosis.suspect
+    adapted = rows(undisturbed)[-1]
+    split = digits.load().splits["target"]
+    support = {split.domain_names[domain]: split.images(members[:64]) for domain, members in split.members.items()}
+    model = load_as(RunFolder(undisturbed), model.config.model_copy(update={"evaluation": QUIET}), device="cpu")
+    judged = {name: model.adapt(images).diagnosis for name, images in support.items()}
+    assert adapted["suspect"] == {name: str(one) for name, one in judged.items() if one.suspect}
+
+
+def test_run_from_before_there_were_ranges_gets_them_without_training(undisturbed: Path, folder: Path) -> None:
+    forget(folder, "diagnosis")
+    out = finish(start("run.py", folder, *SMALL))
+    assert "meta: already finished" in out and "diagnosis: ranges of 6 statistics" in out
+    assert (folder / "diagnosis" / "ranges.json").read_bytes() == (undisturbed / "diagnosis" / "ranges.json").read_bytes()
+    assert rows(folder) == rows(undisturbed)
+
+
+def test_suspects_are_counted_for_a_finished_run(undisturbed: Path) -> None:
+    found = suspects.suspects(undisturbed)
+    assert found["one image"] == (16, 16)
+    assert found["target domains, their first 64 images"][0] == len(rows(undisturbed)[-1]["suspect"])
+    assert found["validation domains, each left out"][1] == 8 * 7
 
 
 def test_adapting_changes_no_tensor_of_the_loaded_model(undisturbed: Path) -> None:
@@ -211,7 +245,7 @@ def interruptible() -> Iterator[None]:
 
 def test_interrupt_while_the_student_trains_keeps_what_is_finished(undisturbed: Path, folder: Path, interruptible: None) -> None:
     forget(folder, "student", "meta", "model.json", "results.jsonl")
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
     process = start("run.py", folder, *SMALL)
     wait_for_checkpoint(process, folder / "student", 10)
     process.send_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.transforms import ImageTransform
+from dmoe.diagnosis import Diagnosis, Range
 from dmoe.evaluation import Evaluation, WithTokens, evaluate, evaluate_all
 from dmoe.models.student import Student
 from dmoe.tasks import Task
@@ -35,6 +36,8 @@ class Numbered(DomainSplit):
 
 class Guess:
     """A student that predicts (image number + first support image) modulo 3, so that what it was adapted to shows."""
+
+    diagnosis = Diagnosis()
 
     def __init__(self, support: Tensor) -> None:
         self.offset = int(support.flatten()[0])
@@ -131,6 +134,8 @@ def test_support_can_be_taken_from_another_domain() -> None:
 
 def test_predictions_of_a_regression_are_values() -> None:
     class Half:
+        diagnosis = Diagnosis()
+
         def logits(self, images: Tensor, **_: Any) -> Tensor:
             return images.flatten(1) / 2
 
@@ -143,6 +148,19 @@ def test_predictions_of_a_regression_are_values() -> None:
     assert found.predictions.tolist() == [i / 2 for i in range(10)]
     assert found.overall["mse"] == pytest.approx(1)
     assert found.score == found.overall["r"]
+
+
+def test_diagnoses_of_domains_are_kept_where_there_are_ranges() -> None:
+    class Watched(Recorder):
+        def adapt(self, images: Tensor) -> Student:
+            guess = Guess(images)
+            guess.diagnosis = Diagnosis({"a": float(guess.offset)}, {"a": Range(0.0, 2.0)}, images=len(images))
+            return cast(Student, guess)
+
+    found = evaluate_all({"plain": Recorder(), "watched": Watched()}, dataset(Numbered()), "target", support_size=2, batch_size=3)
+    assert found["plain"].diagnoses == {}
+    assert {domain: one.suspect for domain, one in found["watched"].diagnoses.items()} == {2: False, 7: False, 30: True}
+    assert torch.equal(found["watched"].predictions, found["plain"].predictions)
 
 
 def test_the_data_set_may_have_metrics_of_its_own() -> None:

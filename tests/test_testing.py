@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,8 @@ from dmoe.config import CONFIG_FOLDER, load_config
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.transforms import ImageTransform
 from dmoe.data.wilds import SPLITS
-from dmoe.errors import UserError
+from dmoe.diagnosis import Diagnosis, Range, Ranges
+from dmoe.errors import SuspectAdaptation, UserError
 from dmoe.evaluation import Evaluation
 from dmoe.models.student import Student
 from dmoe.run_folder import RunFolder
@@ -215,6 +217,8 @@ def test_result_row_is_json_for_every_reader_whatever_the_metrics_are(tmp_path: 
 class Guess:
     """A student that predicts class ``offset`` + image number, or that value."""
 
+    diagnosis = Diagnosis()
+
     def __init__(self, task: Task, offset: int = 0) -> None:
         self._task, self._offset = task, offset
 
@@ -286,6 +290,46 @@ def test_no_predictions_are_written_where_images_are_left_out(tmp_path: Path, ca
     assert not (tmp_path / "predictions").exists()
     assert "2 images could not be read and are left out; no files of predictions are written" in capsys.readouterr().out
     assert len(run.folder.results.read_text().splitlines()) == 2
+
+
+def say_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapting is watched, and the domain whose images are odd is suspect."""
+    ranges = Ranges({"spread of predictions": Range(-1.0, 0.5)}, images=SUPPORT)
+
+    def adapt(self: Shifts, images: Tensor) -> Student:
+        guess = Guess(self._task, offset=1)
+        guess.diagnosis = ranges.judged({"spread of predictions": float(images[0]) % 2}, images=len(images))
+        if guess.diagnosis.suspect:
+            warnings.warn(SuspectAdaptation(str(guess.diagnosis)), stacklevel=2)
+        return cast(Student, guess)
+
+    monkeypatch.setattr(Shifts, "adapt", adapt)
+
+
+@pytest.mark.filterwarnings("error::dmoe.SuspectAdaptation")
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("on_suspect", ["keep", "warn"])
+def test_suspect_domains_are_told_and_are_in_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_suspect: str
+) -> None:
+    say_suspect(monkeypatch)
+    run = run_in(tmp_path, CLASSES, f"evaluation.on_suspect={on_suspect}")
+    testing.test(run)
+    rows = {row["method"]: row for row in map(json.loads, run.folder.results.read_text().splitlines())}
+    why = "suspect: spread of predictions 1, training episodes -1 to 0.5"
+    assert rows["adapted"]["suspect"] == {"south": why}
+    assert "suspect" not in rows["before adapting"]
+    said = capsys.readouterr().out.splitlines()
+    assert "adapted: 1 of 2 domains suspect: south" in said
+    assert (f"  south: {why}" in said) == (on_suspect == "warn")
+
+
+@pytest.mark.usefixtures("trained")
+def test_nothing_is_told_of_suspects_where_adapting_is_not_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_in(tmp_path)
+    testing.test(run)
+    assert "suspect" not in capsys.readouterr().out
+    assert not any("suspect" in json.loads(line) for line in run.folder.results.read_text().splitlines())
 
 
 def test_unknown_split_is_told_with_those_there_are(tmp_path: Path) -> None:

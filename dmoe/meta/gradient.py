@@ -66,12 +66,27 @@ def inner_step(
     prepare: Prepare = dict,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One gradient step on L_in: the new parameters and the loss before the step."""
+    stepped, loss, _ = _inner_step(features, theta, images, target, inner_lr, inner_loss, prepare)
+    return stepped, loss
 
-    def loss_of(p: Params) -> Tensor:
-        return distillation_loss(features(prepare(p), images), target, inner_loss)
 
-    gradient, loss = grad_and_value(loss_of)(dict(theta))
-    return {name: value - inner_lr * gradient[name] for name, value in theta.items()}, loss
+def _inner_step(
+    features: Apply,
+    theta: Params,
+    images: Tensor,
+    target: Tensor,
+    inner_lr: float,
+    inner_loss: InnerLoss,
+    prepare: Prepare,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """:func:`inner_step`, and the features ``[B, D]`` before it."""
+
+    def loss_of(p: Params) -> tuple[Tensor, Tensor]:
+        found = features(prepare(p), images)
+        return distillation_loss(found, target, inner_loss), found
+
+    gradient, (loss, found) = grad_and_value(loss_of, has_aux=True)(dict(theta))
+    return {name: value - inner_lr * gradient[name] for name, value in theta.items()}, loss, found
 
 
 def adapted_parameters(
@@ -86,10 +101,28 @@ def adapted_parameters(
     prepare: Prepare = dict,
 ) -> dict[str, Tensor]:
     """theta after ``inner_steps`` steps towards ``target``; no graph is kept."""
-    adapted = {name: value.detach() for name, value in theta.items()}
+    return adapted_from(
+        features, theta, images, target, inner_lr=inner_lr, inner_steps=inner_steps, inner_loss=inner_loss, prepare=prepare
+    )[0]
+
+
+def adapted_from(
+    features: Apply,
+    theta: Params,
+    images: Tensor,
+    target: Tensor,
+    *,
+    inner_lr: float,
+    inner_steps: int = 1,
+    inner_loss: InnerLoss = "mean_square",
+    prepare: Prepare = dict,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """:func:`adapted_parameters`, and the features ``[B, D]`` before the first step, which come of themselves."""
+    adapted, before = {name: value.detach() for name, value in theta.items()}, None
     for _ in range(inner_steps):
-        adapted, _ = inner_step(features, adapted, images, target.detach(), inner_lr, inner_loss, prepare)
-    return adapted
+        adapted, _, found = _inner_step(features, adapted, images, target.detach(), inner_lr, inner_loss, prepare)
+        before = found.detach() if before is None else before
+    return adapted, features(prepare(adapted), images) if before is None else before
 
 
 def meta_gradient(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dmoe.meta.gradient import Apply, InnerLoss, Params, adapted_parameters
+from dmoe.diagnosis import Diagnosis, measured
+from dmoe.meta.gradient import Apply, InnerLoss, Params, adapted_from
 from dmoe.models.copying import private_copy, set_parameters
 from dmoe.tasks import Task
 
@@ -28,30 +29,62 @@ class Student:
     Attributes:
         features: ``[B, C, H, W] -> [B, D]``, in eval mode.
         head: ``[B, D] -> [B, K]``, in eval mode.
+        diagnosis: what adapting did to the images that it was adapted to, where that was watched.
     """
+
+    diagnosis: Diagnosis = Diagnosis()
 
     def __init__(self, *, features: nn.Module, head: nn.Module, task: Task) -> None:
         """The modules are wrapped, not copied and not changed; in-place changes of their tensors show here."""
         self.features, self.head, self.task = private_copy(features), private_copy(head), task
 
-    def adapted(self, images: Tensor, target: Tensor, **inner: Unpack[InnerSteps]) -> "Student":
+    def adapted(self, images: Tensor, target: Tensor, *, watched: bool = False, **inner: Unpack[InnerSteps]) -> "Student":
         """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``.
+
+        Args:
+            watched: whether its diagnosis has the statistics of adapting; costs one more pass of the images through the features.
 
         Raises:
             ValueError: the features of the images have another shape than the target.
         """
         features = private_copy(self.features)  # the new student's own; functional_call swaps tensors inside while it runs
-        parameters = adapted_parameters(_calls(features), dict(features.named_parameters()), images, target, **inner)
-        return self._with(features, parameters)
+        parameters, before = adapted_from(_calls(features), dict(features.named_parameters()), images, target, **inner)
+        student = self._with(features, parameters)
+        if not watched:
+            return student
+        with torch.no_grad():
+            (statistics,) = self._measured(before[None], student.features(images)[None], target[None])
+        return student.diagnosed(Diagnosis(statistics, images=len(images)))
 
-    def adapted_to_many(self, images: Tensor, targets: Tensor, **inner: Unpack[InnerSteps]) -> list["Student"]:
+    def adapted_to_many(
+        self, images: Tensor, targets: Tensor, *, watched: bool = False, **inner: Unpack[InnerSteps]
+    ) -> list["Student"]:
         """A student for each of G domains, from images ``[G, B, C, H, W]`` and targets ``[G, B, D]``, in one vectorised pass."""
         features = private_copy(self.features)
         call, theta = _calls(features), {name: p.detach() for name, p in features.named_parameters()}
         with sdpa_kernel(SDPBackend.MATH):
-            found = vmap(lambda x, t: adapted_parameters(call, theta, x, t, **inner))(images, targets)
+            found, before = vmap(lambda x, t: adapted_from(call, theta, x, t, **inner))(images, targets)
         each = [{name: value[number] for name, value in found.items()} for number in range(len(images))]
-        return [self._with(private_copy(self.features), parameters) for parameters in each]
+        students = [self._with(private_copy(self.features), parameters) for parameters in each]
+        if not watched:
+            return students
+        with torch.no_grad():
+            after = vmap(call)(found, images)
+            all_statistics = self._measured(before, after, targets)
+        diagnoses = [Diagnosis(statistics, images=images.shape[1]) for statistics in all_statistics]
+        return [student.diagnosed(diagnosis) for student, diagnosis in zip(students, diagnoses, strict=True)]
+
+    def diagnosed(self, diagnosis: Diagnosis) -> "Student":
+        """The same student with another diagnosis."""
+        student = Student.__new__(Student)
+        student.features, student.head, student.task, student.diagnosis = self.features, self.head, self.task, diagnosis
+        return student
+
+    def _measured(self, before: Tensor, after: Tensor, targets: Tensor) -> list[dict[str, float]]:
+        """The statistics of adapting to each of G domains, from features and targets ``[G, B, D]``."""
+        logits = self.head(after.flatten(0, 1))
+        outputs = self.task.probabilities(logits).unflatten(0, after.shape[:2])
+        return measured(before, after, targets, outputs, classes=self.task.kind != "regression")
 
     def _with(self, features: nn.Module, parameters: Mapping[str, Tensor]) -> "Student":
         """A student around ``features``, which become its own, with other parameters."""
