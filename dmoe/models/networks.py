@@ -38,6 +38,10 @@ class Network(nn.Module):
         return logits
 
 
+SMALL = 512
+"""Edge of an image in pixels; the last layer of :class:`SmallConv` has a weight for each place."""
+
+
 class SmallConv(nn.Sequential):
     """Four 3x3 convolutions with batch-norm for images of about 14x14; a linear layer sees where things are.
 
@@ -90,6 +94,10 @@ def build_network(
     if name == "small_conv":
         if pretrained:
             raise UserError("backbone.weights: small_conv has no pretrained weights: use none or a file")
+        if max(image_shape[1:]) > SMALL:
+            raise UserError(
+                f"backbone.name: small_conv is for images of up to {SMALL} pixels, these are {image_shape}: use another"
+            )
         features: nn.Module = SmallConv(image_shape=image_shape)
     elif name.startswith("timm:"):
         features = _timm_features(name.removeprefix("timm:"), image_shape, pretrained)
