@@ -444,6 +444,7 @@ def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...
             break
     name = ".".join(keys)
     if fault["type"] == "extra_forbidden":
+        place = next((origin for changed, origin in origins.items() if changed[: len(keys)] == keys), place)
         return f"{place}: {name} is not a field; {_siblings(keys)}"
     if fault["type"] == "missing":
         return f"{place}: {name} is missing"

@@ -212,8 +212,10 @@ class RunFolder:
         Raises:
             UserError: this is not a run folder.
         """
-        path = self.path / CONFIG_FILE
-        if not path.is_file():
+        path, there = self.path / CONFIG_FILE, False
+        with suppress(OSError):  # no such name is possible
+            there = path.is_file()
+        if not there:
             raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): run.py makes one")
         return validate_config(read_fields(path), str(path))
 

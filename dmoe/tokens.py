@@ -192,7 +192,7 @@ def _finish(stage: Stage, sums: Sums, *, figures: Mapping[str, float]) -> None:
 
 
 def _made_from_same(path: Path, key: str) -> bool:
-    return path.is_file() and read_json(path).get("key") == key
+    return path.exists() and read_json(path).get("key") == key
 
 
 def _sums_of(path: Path) -> Sums:

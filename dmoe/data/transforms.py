@@ -123,7 +123,7 @@ class ImageTransform:
                 raise ValueError(f"{name} {values!r}")
         if len(shape) != 3 or min(shape) < 1 or {len(mean), len(std)} - {1, shape[0]} or type(per_image) is not bool:
             raise ValueError(f"image_shape {shape}, mean {mean}, std {std}, per_image {per_image!r}")
-        if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
+        if not all(abs(value) < 1e30 for value in (*mean, *std)) or min(std) <= 0:
             raise ValueError(f"mean {mean}, std {std}")
         return cls(tuple(shape), mean=tuple(mean), std=tuple(std), per_image=per_image)
 
