@@ -166,7 +166,8 @@ def _read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: 
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
     if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
-        raise UserError(f"--threads: must be 1 to {MOST_THREADS}, got {options.threads}")
+        bound = ">= 1" if options.threads < 1 else f"<= {MOST_THREADS}"
+        raise UserError(f"--threads: must be {bound}, got {options.threads}")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Bad input in processes of their own: status 2, one line on stderr, no traceback; and memory that does not grow with what is broken."""
+"""Bad input in processes of their own: status 2, one line on stderr; and memory that does not grow with what is broken."""
 
 import json
 import os
