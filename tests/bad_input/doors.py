@@ -80,10 +80,14 @@ def loaded(folder: Path) -> None:
     dmoe.load(folder)
 
 
+class OverTime(BaseException):
+    """Which nothing catches."""
+
+
 @contextmanager
 def in_time(seconds: float = SECONDS) -> Iterator[None]:
     def over(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(f"more than {seconds} s")  # which nothing catches
+        raise OverTime(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -147,7 +147,7 @@ def test_any_manifest_of_tokens_is_not_theirs_or_told(facts: Any, tmp_path: Path
     assert told is None or told.startswith(f"{path}: ")
 
 
-@settings(parent=bounded, max_examples=100)
+@settings(parent=bounded, max_examples=80)
 @given(facts=changed(MODEL))
 def test_any_description_makes_a_model_or_is_told(facts: Any, whole: Path) -> None:
     path = written(whole / "model.json", facts)
@@ -168,7 +168,7 @@ def test_any_damage_to_a_checkpoint_leaves_the_one_before_it(seed: int, cut: flo
     assert told is not None and told.startswith(f"{path}: ")
 
 
-@settings(parent=bounded, max_examples=30)
+@settings(parent=bounded, max_examples=10)
 @given(facts=changed({"inputs": {"seed": 1}, "progress": PROGRESS}))
 def test_any_facts_of_a_checkpoint_are_told(facts: Any, begun: Path, made: Any) -> None:
     """Their inputs are never the stage's."""
