@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,9 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmoe.errors import UserError
+from dmoe.reading import open_regular, read_text
 
 ABOUT = "dmoe"
 """The one entry of our own files' metadata, several would come in any order: facts and a sum. Other files need none."""
+
+LARGEST_JSON = 1 << 28
+"""Bytes; of our own files the largest names every image that could not be read."""
+
+LARGEST_WEIGHTS = 1 << 40
+"""Bytes; nothing we read is as large by far."""
 
 
 @contextmanager
@@ -100,10 +108,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, cut off, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, at_most=LARGEST_JSON))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error}): delete it to make it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged, not a JSON object: delete it to make it again")
@@ -134,22 +142,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix in (".pth", ".pt"):
         return _load_state_dict(path), {}
     try:
+        open_regular(path, at_most=LARGEST_WEIGHTS).close()
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, '{"facts": {}}'))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        changed = (
+            isinstance(about, dict) and "sha256" in about and about["sha256"] != _digest_of_tensors(tensors, about.get("facts"))
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except _DAMAGED as error:
         why = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({why}): delete it or bring it again") from None
     if not isinstance(about, dict) or not isinstance(facts := about.get("facts"), dict):
         raise UserError(f"{path}: damaged, its facts are no JSON object: delete it or bring it again")
-    if "sha256" in about and about["sha256"] != _digest_of_tensors(tensors, facts):
+    if changed:
         raise UserError(f"{path}: changed since it was written: delete it or bring it again")
     return tensors, facts
 
 
-def _digest_of_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+def _digest_of_tensors(tensors: Mapping[str, Tensor], facts: Any) -> str:
     found = hashlib.sha256(json.dumps(facts).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -160,6 +172,8 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) 
 
 _DAMAGED = (
     OSError,
+    SafetensorError,
+    zipfile.BadZipFile,
     RuntimeError,
     ValueError,
     EOFError,
@@ -176,8 +190,13 @@ _DAMAGED = (
 
 
 def _load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Foreign weights: nothing in the file can run."""
+    """Foreign weights: nothing in the file can run, and it unpacks to no more than it is."""
     try:
+        with open_regular(path, at_most=LARGEST_WEIGHTS) as file:
+            if zipfile.is_zipfile(file):
+                packed = [entry for entry in zipfile.ZipFile(file).infolist() if entry.compress_type != zipfile.ZIP_STORED]
+                if packed:  # torch.save packs nothing
+                    raise ValueError(f"{packed[0].filename} is packed")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dmoe.run_folder import RunFolder
     from dmoe.stages import Run
 
+MOST_THREADS = 4096
 WRONG_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 # Read by the OpenMP runtime when torch is imported: threads that wait spin a little, for speed, and then give up their core;
@@ -90,7 +91,7 @@ def open_run(
 
     import torch
 
-    from dmoe.artifacts import read_json, write_json
+    from dmoe.artifacts import write_json
     from dmoe.data.partition import write_partition
     from dmoe.data.registry import Opening, load_dataset
     from dmoe.distributed import ALONE
@@ -107,7 +108,7 @@ def open_run(
     if checkpoint_dir is not None:
         published = PublishedFolder(checkpoint_dir, dataset=config.dataset, experts=config.experts.count, seed=config.seed)
     left_out = folder.path / "unreadable.json"
-    known = read_json(left_out)["images"] if left_out.exists() else None
+    known = _names_in(left_out) if left_out.exists() else None
     workers = threads if config.data.workers is None else config.data.workers
     opening = Opening(workers=workers, known_unreadable=known, writes=claim)
     dataset = load_dataset(config.dataset, config.data, opening)
@@ -141,6 +142,16 @@ def open_run(
     return run
 
 
+def _names_in(left_out: Path) -> list[str]:
+    """Images that an earlier visit could not read."""
+    from dmoe.artifacts import read_json
+
+    names = read_json(left_out).get("images")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{left_out}: damaged, it must list images: delete it, and all of them are read again")
+    return names
+
+
 def _read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: bool) -> "Config":
     from dmoe.config import CONFIG_FOLDER, known_datasets, load_config
     from dmoe.run_folder import CONFIG_FILE
@@ -154,8 +165,9 @@ def _read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: 
     if options.config is None and options.dataset is not None and options.dataset not in known_datasets():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads: must be >= 1, got {options.threads}")
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
+        bound = ">= 1" if options.threads < 1 else f"<= {MOST_THREADS}"
+        raise UserError(f"--threads: must be {bound}, got {options.threads}")
     return config
 
 
@@ -202,7 +214,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         way = _way_out(error)
         if way is None:
             raise
-        print(f"error: {way}", file=sys.stderr)
+        print(f"error: {UserError(way)}", file=sys.stderr)
         status = WRONG_INPUT
     sys.exit(status)
 
@@ -211,6 +223,13 @@ def _way_out(error: Exception) -> str | None:
     """What to tell of an error that the machine's limits lie behind; None: it is a fault in the program."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"{error.filename or 'a file'}: cannot be written: {error.strerror}: make room, the same command goes on"
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        told = " ".join(str(error).split())[:120] or "no more to be had"
+        return (
+            f"the machine's memory is too small ({told}): smaller images, networks or batch_size of the stage that was at work help"
+        )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         told = " ".join(str(error).split())[:120]

@@ -1,7 +1,8 @@
 """One typed, frozen configuration: YAML file, then command-line overrides, checked before any work starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,10 +10,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
 from pydantic_core import core_schema
 
-from dmoe.errors import UserError
+from dmoe.errors import UserError, shortened
 from dmoe.precision import Precision
+from dmoe.reading import read_text
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+LARGEST_FILE = 1 << 17
+"""Bytes of a configuration; a file of that size takes a second or two to be read."""
+
+LARGEST_EDGE = 4096
+"""Pixels of an image as networks see it."""
+
+MERGED_AT_MOST = 10_000
+"""Fields of a section that is put together of others by YAML's ``<<``."""
+
+Count = Annotated[int, Field(ge=1, le=1 << 30)]
+BatchSize = Annotated[int, Field(ge=1, le=1 << 20)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Gigabytes = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -34,14 +50,14 @@ class Duration:
     def parse(cls, text: Any) -> "Duration":
         if isinstance(text, Duration):
             return text
-        number, _, unit = str(text).strip().partition(" ")
+        number, _, unit = (text.strip() if isinstance(text, str) else "").partition(" ")
         unit = {"step": "steps", "epoch": "epochs"}.get(unit.strip(), unit.strip())
         try:
             count = float(number)
         except ValueError:
             count = -1
-        if unit not in ("steps", "epochs") or not 0 <= count < float("inf"):
-            raise ValueError("must be a number and a unit, such as '400 steps' or '12 epochs'")
+        if unit not in ("steps", "epochs") or not 0 <= count <= 1e9:
+            raise ValueError("must be a number and a unit, such as '400 steps' or '12 epochs', at most 1e9")
         return cls(count, unit)  # type: ignore[arg-type]
 
     @classmethod
@@ -82,7 +98,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """One run of the supervised loop."""
 
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: BatchSize
     """Images in a step."""
     duration: Duration
     optimizer: OptimizerConfig
@@ -104,15 +120,15 @@ class BackboneConfig(Section):
 class DataConfig(Section):
     dir: Path | None = None
     """Where the data set lies (for folders also a CSV file); null: ./data. The embedded one needs none."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Makes the stored views of the embedded data set, and draws validation images; a run's own seed leaves the data alone."""
-    source_images_per_domain: Annotated[int, Field(ge=1)] | None = None
+    source_images_per_domain: Count | None = None
     """Train on so many images of each source domain at most, its first ones, to try things out; null: on all."""
-    image_size: Annotated[int, Field(ge=8)] | None = None
+    image_size: Annotated[int, Field(ge=8, le=LARGEST_EDGE)] | None = None
     """Edge that images are resized to, in pixels; null: the data set's own, for folders 224."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that read images ahead; 0: none; null: as many as CPU threads where images lie in files."""
-    decoded_gb: Annotated[float, Field(ge=0)] | None = None
+    decoded_gb: Gigabytes | None = None
     """Disk for images as they were decoded, so that each is decoded once and not in every epoch of every stage; 0: none; null: half
     of the machine's memory, from where they are then read. Only crops are always made from the files."""
     decoded_dir: Path | None = None
@@ -138,17 +154,18 @@ class DataConfig(Section):
     @classmethod
     def _listed(cls, names: Any) -> Any:
         """One name need not be a list, and names that look like numbers are names."""
-        return [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
+        listed = names if isinstance(names, list | tuple) else [names]
+        return [str(name) if isinstance(name, int | float | date) else name for name in listed]
 
 
 class ExpertsConfig(Section):
-    count: Annotated[int, Field(ge=2)]
+    count: Annotated[int, Field(ge=2, le=10_000)]
     """N. Two at least, because an image's own expert is left out in training."""
     partition: Literal["shuffled", "interleaved"] = "shuffled"
     """shuffled: runs of the shuffled source domains (the public code). interleaved: domain number modulo N."""
     backbone: BackboneConfig
     training: TrainingConfig
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
     """CPU threads of each expert's process; the number of processes follows from it."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often an expert whose process was killed or failed goes on from its last checkpoint, before the run gives it up."""
@@ -165,7 +182,7 @@ class ExpertsConfig(Section):
 
 
 class TokensConfig(Section):
-    batch_size: Annotated[int, Field(ge=1)] = 500
+    batch_size: BatchSize = 500
     """Images in one pass through the experts; halved by itself where a GPU's memory is too small."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """How tokens are kept. The other two take half the disk and lose digits, see docs/performance.md."""
@@ -179,8 +196,8 @@ class TokensConfig(Section):
 
 
 class AggregatorConfig(Section):
-    depth: Annotated[int, Field(ge=1)] = 1
-    heads: Annotated[int, Field(ge=1)] = 16
+    depth: Annotated[int, Field(ge=1, le=64)] = 1
+    heads: Annotated[int, Field(ge=1, le=4096)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """In its pretraining only."""
     output_map: bool = False
@@ -198,14 +215,14 @@ class MetaConfig(Section):
     """Bi-level training in episodes."""
 
     duration: Duration
-    domains_per_update: Annotated[int, Field(ge=1)] = 1
+    domains_per_update: Count = 1
     """Episodes whose gradients are averaged (the public code: 1; the paper's text: several)."""
-    support_size: Annotated[int, Field(ge=1)]
+    support_size: Count
     """Unlabeled images to adapt to."""
-    query_size: Annotated[int, Field(ge=1)]
+    query_size: Count
     """Labeled images of the same domain to judge the adapted student by."""
     inner_lr: Annotated[float, Field(gt=0)]
-    inner_steps: Annotated[int, Field(ge=1)] = 1
+    inner_steps: Annotated[int, Field(ge=1, le=1000)] = 1
     inner_loss: Literal["mean_square", "norm"] = "mean_square"
     """Distance of features and target: the squared difference, averaged over all entries (the public code), or the length of
     the difference, averaged over images (the paper's text)."""
@@ -221,10 +238,10 @@ class MetaConfig(Section):
     """Ways to the same exact gradient. auto: what fits into memory_gb and, tried on this machine, is fastest. The next two keep no
     graph of the inner steps; the second of them is for networks with operators that have no forward-mode derivatives; the last
     keeps the whole graph, which is fastest where it fits."""
-    chunk_size: Annotated[int, Field(ge=1)] | None = None
+    chunk_size: Count | None = None
     """Images of an episode that are differentiated at a time, where no graph is kept; memory grows with it. null: all, or as auto
     finds."""
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    memory_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """What auto lets an update take beside the networks; null: 80 % of the GPU's memory, or half of the machine's."""
     precision: Precision = "float32"
     """bfloat16: episodes by autocast; adapting, also in validation, stays in float32."""
@@ -232,11 +249,11 @@ class MetaConfig(Section):
 
 
 class EvaluationConfig(Section):
-    support_size: Annotated[int, Field(ge=1)] | None = None
+    support_size: Count | None = None
     """Images of a target domain to adapt to; null: meta.support_size."""
     score_support: bool = True
     """Whether the support images count in the metrics (the public code: yes; the paper's text: no)."""
-    batch_size: Annotated[int, Field(ge=1)] = 500
+    batch_size: BatchSize = 500
     """Images predicted at a time."""
     expert_batch_norm: Literal["running", "batch"] = "running"
     """Statistics that the experts normalise by; batch: as the public code's --test entry."""
@@ -251,8 +268,8 @@ class Config(Section):
     dataset: str
     preset: str = ""
     """Which of the file's named sets of values this is, where it has several."""
-    seed: Annotated[int, Field(ge=0)] = 1
-    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    seed: Seed = 1
+    checkpoint_every: Count = 500
     """Steps between checkpoints, beside those at each evaluation."""
     data: DataConfig = DataConfig()
     experts: ExpertsConfig
@@ -288,17 +305,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), **flags: Any) -> Conf
         UserError: the file is missing or not YAML, a field is unknown or missing, or a value is out of its range; the line
             names the place, the field and the value.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration; known: {', '.join(known_datasets())}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold fields such as 'seed: 1', got {type(content).__name__}")
-
+    content = read_fields(path)
     changes = [_parse(text) for text in overrides]
-    content = _choose_preset(content, dict(changes).get("preset"), str(path))
+    try:
+        content = _choose_preset(content, dict(changes).get("preset"), str(path))
+    except RecursionError:  # two sections, each of which holds itself
+        raise UserError(f"{path}: it is nested too deeply") from None
     origins: dict[tuple[str, ...], str] = {}
     for key, value in changes:
         _set(content, tuple(key.split(".")), value, origins)
@@ -308,12 +320,55 @@ def load_config(path: Path, overrides: Sequence[str] = (), **flags: Any) -> Conf
     return validate_config(content, str(path), origins)
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, unchecked.
+
+    Raises:
+        UserError: the file is missing, or not YAML that holds fields.
+    """
+    try:
+        content = _parsed(read_text(path, at_most=LARGEST_FILE))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration; known: {', '.join(known_datasets())}") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read as YAML: {why}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold fields such as 'seed: 1', got {type(content).__name__}")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data, and no more of it than the text is long."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MERGED_AT_MOST:  # sections that take one another in twice double their size each time
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MERGED_AT_MOST} merged fields", node.start_mark)
+
+
+def _parsed(text: str) -> Any:
+    """Plain data of YAML.
+
+    Raises:
+        ValueError: it is none; in one line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # PyYAML checks little
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
 def validate_config(content: Mapping[str, Any], place: str, origins: Mapping[tuple[str, ...], str] | None = None) -> Config:
     """A Config of plain data; its first fault becomes a UserError that names the place it came from."""
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         raise UserError(_explain(error, place, origins or {})) from None
+    except RecursionError:
+        raise UserError(f"{place}: it is nested too deeply") from None
 
 
 def known_datasets() -> list[str]:
@@ -346,8 +401,8 @@ def _parse(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"command line: overrides look like meta.inner_lr=0.2, got {override!r}")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key, _parsed(value)
+    except ValueError:
         raise UserError(f"command line: the value of {key} is not valid YAML: {value!r}") from None
 
 
@@ -358,8 +413,8 @@ def _choose_preset(content: dict[str, Any], asked: str | None, place: str) -> di
     own = content.get("preset", "")
     if asked is None or asked == own:
         return content
-    if asked not in presets:
-        known = ", ".join(str(name) for name in (own, *presets) if name) or "none"
+    if not isinstance(asked, Hashable) or asked not in presets:
+        known = ", ".join(name for name in (own, *presets) if name and isinstance(name, str)) or "none"
         raise UserError(f"command line: preset {asked!r} is unknown in {place}; known there: {known}")
     return _merged(content, presets[asked])
 
@@ -407,11 +462,19 @@ def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...
             break
     name = ".".join(keys)
     if fault["type"] == "extra_forbidden":
+        place = next((origin for changed, origin in origins.items() if changed[: len(keys)] == keys), place)
         return f"{place}: {name} is not a field; {_siblings(keys)}"
     if fault["type"] == "missing":
         return f"{place}: {name} is missing"
-    phrase = _PHRASES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-    return f"{place}: {name} {phrase.format(**fault.get('ctx', {}))}, got {fault['input']!r}"
+    phrase = _PHRASES.get(fault["type"], "{msg}").format(msg=fault["msg"].removeprefix("Value error, "), **fault.get("ctx", {}))
+    return f"{place}: {name} {phrase}, got {_shown(fault['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value from a file, which may be of any size: by YAML's references, larger than memory."""
+    if isinstance(value, Mapping | Set) or (isinstance(value, Sequence) and not isinstance(value, str | bytes)):
+        return f"{type(value).__name__} of {len(value)}" if value else repr(value)
+    return shortened(hex(value) if isinstance(value, int) and abs(value) >= 1 << 999 else repr(value), 200)
 
 
 def _siblings(keys: tuple[str, ...]) -> str:

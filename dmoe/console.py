@@ -9,6 +9,8 @@ from typing import Any, Never, Self, TypeVar
 
 from tqdm import tqdm
 
+from dmoe.errors import printable
+
 Thing = TypeVar("Thing")
 
 
@@ -22,9 +24,9 @@ def fall_silent() -> None:
 
 
 def say(text: str) -> None:
-    """One line for the user, above any bar."""
+    """One line for the user, or a few, above any bar. What cannot be printed, in a name from a file, is escaped."""
     if not _silent:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -8,10 +8,11 @@ of the step and for a checkpoint of it.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmoe import interruption
@@ -63,13 +64,32 @@ class Trainee:
         }
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """
+        Raises:
+            ValueError: they are not of these optimizers.
+        """
         for name, optimizer in self.optimizers.items():
+            shapes = {
+                f"{index}.{key}": shape
+                for index, parameter in enumerate(optimizer.parameters)
+                for key, shape in (("step", torch.Size()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape))
+            }
             state: dict[int, dict[str, Tensor]] = {}
             for path, value in under_prefix(f"optimizer.{name}", tensors).items():
+                if value.shape != shapes.get(path):
+                    raise ValueError(f"optimizer.{name}.{path} {list(value.shape)} is none of this training's")
                 index, key = path.split(".")
                 state.setdefault(int(index), {})[key] = value
+            if any(len(entry) != 3 for entry in state.values()):
+                raise ValueError(f"optimizer.{name} lacks a tensor")
             groups = optimizer.adam.state_dict()["param_groups"]
             optimizer.adam.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or not -1 <= number < 1 << 63:
+        raise ValueError(f"{number!r} is no number of steps")
+    return number
 
 
 @dataclass
@@ -90,6 +110,22 @@ class Progress:
     scores: list[tuple[int, float]] = field(default_factory=list)
     skipped: int = 0
     skipped_in_a_row: int = 0
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Progress":
+        """What a checkpoint holds of it.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: it holds something else.
+        """
+        scores = [(_whole(step), float(score)) for step, score in facts["scores"]]
+        made = cls(**{**facts, "scores": scores})
+        for each in fields(cls):
+            if each.type is int:
+                _whole(getattr(made, each.name))
+            elif each.type is float:
+                float(getattr(made, each.name))
+        return made
 
     def figures(self) -> dict[str, Any]:
         """For the manifest."""
@@ -236,16 +272,21 @@ def _resume(stage: Stage, trainee: Trainee) -> Progress:
             continue
         stage.refuse_other_inputs(inputs, path)
         trainee.load_weights(tensors, where=str(path))
-        trainee.load_moments(tensors)
+        try:
+            trainee.load_moments(tensors)
+        except ValueError as error:
+            raise _no_checkpoint(path, error) from None
         return progress
     return Progress()
+
+
+def _no_checkpoint(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: no checkpoint of a training ({type(error).__name__}: {error}): delete it")
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Progress]:
     tensors, facts = load_tensors(path)
     try:
-        inputs, stands = dict(facts["inputs"]), facts["progress"]
-        scores = [(int(step), float(score)) for step, score in stands["scores"]]
-        return tensors, inputs, Progress(**{**stands, "scores": scores})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no checkpoint of a training ({type(error).__name__}: {error}): delete it") from None
+        return tensors, dict(facts["inputs"]), Progress.from_facts(facts["progress"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _no_checkpoint(path, error) from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def meta_train_student(
 ) -> None:
     """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens."""
     config, task = run.config.meta, run.dataset.task
-    made_from = {name: read_json(run.folder.path / name / "manifest.json")["files"] for name in ("aggregator", "student")}
+    made_from: dict[str, Any] = {name: run.folder.stage(name, {}).files() for name in ("aggregator", "student")}
     made_from["tokens"] = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
     stage = run.folder.stage("meta", run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
@@ -143,7 +144,7 @@ def _begun(run: Run) -> Choice | None:
     facts = read_json(path)
     try:
         return Choice.from_facts(facts) if facts["memory_gb"] == run.config.meta.memory_gb else None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to choose again") from None
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dmoe.adaptation import Adapter
 from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix, write_json
-from dmoe.config import AggregatorConfig, BackboneConfig, Config
+from dmoe.config import LARGEST_EDGE, AggregatorConfig, BackboneConfig, Config
 from dmoe.data.base import DomainDataset
 from dmoe.data.transforms import ImageTransform
 from dmoe.diagnosis import Ranges
@@ -59,9 +59,11 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
         raise UserError(f"{run.path}: the run is not finished (no {DESCRIPTION}): {way}")
     facts = read_json(run.path / DESCRIPTION)
     try:
-        transform = ImageTransform.from_facts(facts["transform"])
-        task, class_names = Task(**facts["task"]), [str(name) for name in facts["class_names"]]
-    except (KeyError, TypeError) as error:
+        transform, task = ImageTransform.from_facts(facts["transform"]), Task.from_facts(facts["task"])
+        class_names = [str(name) for name in facts["class_names"]]
+        if max(transform.image_shape) > LARGEST_EDGE:
+            raise ValueError(f"images {list(transform.image_shape)}")
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run.path / DESCRIPTION}: damaged ({error}): run.py writes it anew") from None
 
     def network(backbone: BackboneConfig) -> Network:
@@ -71,6 +73,9 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
 
     meta = _whole(run.stage("meta", {}))
     trained = load_tensors(meta)[0]
+    outputs = len(trained["student.head.weight"]) if "student.head.weight" in trained else task.num_outputs
+    if outputs != task.num_outputs:
+        raise UserError(f"{run.path / DESCRIPTION}: says {task.num_outputs} outputs, {meta} has {outputs}: run.py writes it anew")
     student = network(config.student_backbone)
     load_into(student, under_prefix("student", trained), where=str(meta))
     experts = []

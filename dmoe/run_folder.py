@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from dmoe.artifacts import (
+    LARGEST_JSON,
     cannot_write,
     digest_of_facts,
     digest_of_file,
@@ -29,9 +30,10 @@ from dmoe.artifacts import (
     write_json,
     written_whole,
 )
-from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, Config, first_difference, validate_config
+from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, Config, first_difference, read_fields, validate_config
 from dmoe.console import say
 from dmoe.errors import UserError
+from dmoe.reading import open_regular
 
 CONFIG_FILE = "config.yaml"
 
@@ -73,20 +75,33 @@ class Stage:
         if not self.manifest.exists():
             return None
         manifest = read_json(self.manifest)
-        self.refuse_other_inputs(manifest.get("inputs", {}), self.manifest)
+        if not isinstance(inputs := manifest.get("inputs"), dict):
+            raise UserError(f"{self.manifest}: damaged (inputs): delete {self.folder} to redo it")
+        self.refuse_other_inputs(inputs, self.manifest)
         self.refuse_damaged(manifest)
         return manifest
 
-    def refuse_damaged(self, manifest: Mapping[str, Any]) -> None:
-        """Raise a UserError unless all files are as the manifest has them."""
-        files = manifest.get("files", {})
+    def files(self, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The digests of the stage's files, by their names.
+
+        Raises:
+            UserError: the manifest has none.
+        """
+        files = (read_json(self.manifest) if manifest is None else manifest).get("files")
         if not isinstance(files, dict):
             raise UserError(f"{self.manifest}: damaged (files): delete {self.folder} to redo it")
+        return files
+
+    def refuse_damaged(self, manifest: Mapping[str, Any]) -> None:
+        """Raise a UserError unless all files are as the manifest has them."""
+        files = self.files(manifest)
+        there = {path.name: path for path in self.folder.iterdir() if path.is_file()}
         for name, digest in files.items():
-            path = self.folder / Path(name).name
-            fault = "missing" if not path.is_file() else "changed or cut off" if digest_of_file(path) != digest else ""
+            path = there.get(name)
+            fault = "missing" if path is None else "changed or cut off" if digest_of_file(path) != digest else ""
             if fault:
-                raise UserError(f"{path}: {fault} since it was written: bring it back, or delete {self.folder} to redo it")
+                where = self.folder / Path(name).name
+                raise UserError(f"{where}: {fault} since it was written: bring it back, or delete {self.folder} to redo it")
 
     def refuse_other_inputs(self, inputs: Mapping[str, Any], path: Path) -> None:
         """Raise a UserError unless ``inputs``, read from ``path``, are this stage's own."""
@@ -133,7 +148,7 @@ def alone_in(folder: Path, name: str) -> Iterator[None]:
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a+", encoding="utf-8", errors="replace")
+        lock = open(path, "a+", encoding="utf-8", errors="replace", opener=_not_elsewhere)
     except OSError as error:
         raise cannot_write(folder, error) from None
     with lock:
@@ -149,6 +164,11 @@ def alone_in(folder: Path, name: str) -> Iterator[None]:
             lock.write(f"process {os.getpid()} of {_user()} on {platform.node()}, since {_now()}\n")
             lock.flush()
         yield
+
+
+def _not_elsewhere(path: str, flags: int) -> int:
+    """A link in a run folder from somebody else may lead to any file of this user's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class RunFolder:
@@ -192,14 +212,12 @@ class RunFolder:
         Raises:
             UserError: this is not a run folder.
         """
-        path = self.path / CONFIG_FILE
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): run.py makes one") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-        return validate_config(content if isinstance(content, dict) else {}, str(path))
+        path, there = self.path / CONFIG_FILE, False
+        with suppress(OSError):  # no such name is possible
+            there = path.is_file()
+        if not there:
+            raise UserError(f"{self.path}: not a run folder (no {CONFIG_FILE}): run.py makes one")
+        return validate_config(read_fields(path), str(path))
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         """The stage of that name (a path below the folder)."""
@@ -216,10 +234,16 @@ class RunFolder:
         """Add a line to ``results.jsonl``, unless the very same result is there already."""
         line = json.dumps(row)
         with alone_in(self.path, "results"):
-            lines = self.results.read_text(encoding="utf-8", errors="replace").splitlines() if self.results.exists() else []
-            if line not in lines:
+            try:
+                with open_regular(self.results, at_most=LARGEST_JSON) as file:
+                    there = file.read()
+            except FileNotFoundError:
+                there = b""
+            except OSError as error:
+                raise cannot_write(self.results, error) from None
+            if line.encode() not in there.split(b"\n"):
                 with written_whole(self.results) as beside:
-                    beside.write_text("".join(f"{each}\n" for each in (*lines, line)), encoding="utf-8")
+                    beside.write_bytes(there + (b"\n" if there and not there.endswith(b"\n") else b"") + line.encode() + b"\n")
 
 
 def _locked(config: dict[str, Any]) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def load_experts(run: Run) -> list[Network]:
 
 def make_tokens(run: Run, experts: Sequence[Network]) -> dict[str, TokenStore]:
     """Stage 2: the tokens of all source and validation images."""
-    digests = [read_json(run.expert_stage(i).manifest)["files"] for i in range(len(experts))]
+    digests = [run.expert_stage(i).files() for i in range(len(experts))]
     pool = ExpertPool((expert.features for expert in experts), precision=run.config.tokens.precision).to(run.device)
     stores = {}
     for name in ("source", "validation"):

@@ -6,7 +6,7 @@ Notation: B images, K outputs of the network (K classes; 1 for a binary task or 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,18 @@ class Task:
 
     kind: TaskKind
     num_outputs: int
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Task":
+        """What :func:`dataclasses.asdict` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not.
+        """
+        kind, num_outputs = facts["kind"], facts["num_outputs"]
+        if kind not in get_args(TaskKind) or type(num_outputs) is not int or num_outputs < 1:
+            raise ValueError(f"a task {kind!r} of {num_outputs!r} outputs")
+        return cls(kind, num_outputs)
 
     @property
     def headline(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.adaptation import Adapter
-from dmoe.artifacts import digest_of_file, read_json, written_whole
+from dmoe.artifacts import digest_of_file, written_whole
 from dmoe.baselines.batch_statistics import BatchStatistics
 from dmoe.baselines.unadapted import Unadapted
 from dmoe.console import say
@@ -121,7 +121,7 @@ def predictions_name(run: Run, split: str) -> str:
 def write_predictions(path: Path, evaluation: Evaluation) -> None:
     """A prediction a line, in data-set order: class numbers, or values. A file that says the same already is left alone."""
     text = "".join(f"{value!r}\n" for value in evaluation.predictions.tolist())
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return
     with written_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
@@ -162,8 +162,7 @@ def _finished_run(run: Run) -> Trained:
     plain = run.network(run.config.student_backbone, "student", to_train=False)
     if not load_finished(run.student_stage, {"model": plain}):
         raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
-    weights: dict[str, str] = read_json(run.folder.path / "meta" / "manifest.json")["files"]
-    return Trained(adapter, _student(plain, run), weights)
+    return Trained(adapter, _student(plain, run), run.folder.stage("meta", {}).files())
 
 
 def _published(run: Run, published: PublishedFolder) -> Trained:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from dmoe.data.streams import stored_images
 from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
 from dmoe.models.expert_pool import ExpertPool
+from dmoe.reading import open_regular
 from dmoe.run_folder import Stage
 
 TOKENS = "tokens.npy"
@@ -37,6 +39,9 @@ BLOCK_IMAGES = 2000
 
 
 Storage = Literal["float32", "float16", "bfloat16"]
+
+_NO_ARRAY = (OSError, ValueError, TypeError, OverflowError, MemoryError, RecursionError, SyntaxError, TokenError)
+"""What numpy ends in where the head of a file is no array's."""
 
 _KEPT_AS: dict[Storage, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """numpy knows no bfloat16; its bits are kept as whole numbers."""
@@ -189,12 +194,13 @@ def _finish(stage: Stage, sums: Sums, *, figures: Mapping[str, float]) -> None:
 
 
 def _made_from_same(path: Path, key: str) -> bool:
-    return path.is_file() and read_json(path).get("key") == key
+    return path.exists() and read_json(path).get("key") == key
 
 
 def _sums_of(path: Path) -> Sums:
     try:
-        return {int(number): str(digest) for number, digest in read_json(path)["sha256"].items()}
+        noted = {int(number): str(digest) for number, digest in read_json(path)["sha256"].items()}
+        return {number: digest for number, digest in noted.items() if number >= 0}
     except (KeyError, ValueError, AttributeError):  # none were noted then
         return {}
 
@@ -293,6 +299,7 @@ def _as_float32(kept: np.ndarray) -> Tensor:
 
 
 def _create(path: Path, shape: Shape, storage: Storage) -> None:
+    path.unlink(missing_ok=True)  # not into what a link leads to
     open_memmap(path, mode="w+", dtype=_KEPT_AS[storage], shape=shape)
     if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, not after hours
         with open(path, "r+b") as file:
@@ -301,8 +308,9 @@ def _create(path: Path, shape: Shape, storage: Storage) -> None:
 
 def _open(path: Path, shape: Shape, storage: Storage) -> np.memmap:
     try:
+        open_regular(path, at_most=1 << 62).close()
         array = open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except _NO_ARRAY as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): delete {path.parent} to make it again") from None
     if array.shape != shape or array.dtype != _KEPT_AS[storage]:
         found = f"{array.shape} {array.dtype}"

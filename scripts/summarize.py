@@ -39,8 +39,11 @@ def last_results(folder: Path, split: str) -> dict[str, dict[str, Any]]:
         rows = [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}: run.py --test writes it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("method"), str):
+            raise UserError(f"{path}: damaged: row {number} is no result")
     found = {row["method"]: row for row in rows if row.get("split") == split}
     if not found:
         raise UserError(f"{path}: holds no results on the {split} split: run.py --test --split {split} makes them")

@@ -20,6 +20,7 @@ import PIL
 from PIL import features
 
 from dmoe.data.transforms import ImageTransform
+from dmoe.reading import open_regular
 
 SEAL_BYTES = 8
 SPARED = 0.05
@@ -67,7 +68,7 @@ class DecodedImages:
         """What the images that are kept take."""
         try:
             return self.path.stat().st_blocks * 512
-        except OSError:
+        except (OSError, ValueError):
             return 0
 
     def fill(self, place: np.ndarray, *, row: int, path: bytes, decode: Callable[[], np.ndarray]) -> None:
@@ -117,12 +118,17 @@ class DecodedImages:
         if self._fills:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                return open(self.path, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
-            except OSError:
+                return open(
+                    self.path,
+                    "r+b",
+                    buffering=0,
+                    opener=lambda path, flags: os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666),
+                )
+            except (OSError, ValueError):  # no such name is possible
                 self._fills = False
         try:
-            return open(self.path, "rb", buffering=0)
-        except OSError:
+            return open_regular(self.path, at_most=1 << 62)
+        except (OSError, ValueError):
             return None
 
 
@@ -130,7 +136,7 @@ def _stamp(path: bytes) -> int:
     """Changes with the name of a file and, as far as its size and time tell, with its content."""
     try:
         state = os.stat(path)  # noqa: PTH116 - a Path would take as long as the rest
-    except OSError:  # decoding will say so
+    except (OSError, ValueError):  # decoding will say so
         return 0
     facts = repr((path, state.st_size, state.st_mtime_ns)).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(facts, digest_size=SEAL_BYTES).digest())

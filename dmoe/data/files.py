@@ -2,11 +2,14 @@
 
 import io
 import os
+import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -19,20 +22,41 @@ from dmoe.data.readers import empty
 from dmoe.data.streams import stream
 from dmoe.data.transforms import TURNS, Augmentation, ImageTransform, random_crop, random_views, turn
 from dmoe.errors import UserError
+from dmoe.reading import open_regular
 
 SCANNED_AT_ONCE = 64
+
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "MPO", "TGA")
+"""What pictures may be, whatever their names say. Of what Pillow knows besides, some start other programs."""
+
+LARGEST_FILE = 1 << 29
+"""Bytes of a file."""
+
+LARGEST_PICTURE = 89_478_485
+"""Pixels, Pillow's own bound, from which on it warns of a bomb; a picture of that size takes about a gigabyte while it is read."""
+
+LARGEST_BANDS = 1 << 28
+"""Bytes of an archive's array."""
 
 _UNREADABLE = (
     OSError,
     SyntaxError,  # a broken PNG
     ValueError,
     EOFError,
-    KeyError,  # an archive without the array
+    LookupError,  # an archive without the array
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    TokenError,  # the head of an array
     zipfile.BadZipFile,
     zlib.error,
     RuntimeError,  # an archive that is encrypted, or packed in another way
     Image.DecompressionBombError,
 )
+"""What Pillow and numpy end in where a file is broken, or made to break them."""
 
 
 class ImageFiles(DomainSplit):
@@ -112,26 +136,45 @@ def read_pixels(path: Path | bytes, transform: ImageTransform, *, draw: int | No
     """The pixels of a file, see :meth:`ImageTransform.pixels`; cropped at random by ``draw`` and ``slot``, where there is one.
 
     Raises:
-        UserError: there is no such file, or it is not a whole picture of the right kind.
+        UserError: there is no such file, or it is not a whole picture of the right kind, or larger than
+            :data:`LARGEST_PICTURE`.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path, at_most=LARGEST_FILE) as file:
             content = io.BytesIO(file.read())  # in one go: Pillow would read a little at a time
         if os.fsencode(path).endswith(b".npz"):
-            archive = np.load(content, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("is one array, not an archive of them")
-            return transform.pixels(archive["x"])
-        picture: Image.Image = Image.open(content)
-        if draw is not None:
-            picture = random_crop(picture, transform.image_shape[1:], draw, slot)
-        return transform.pixels(picture)
+            return transform.pixels(_bands(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd in a picture that can be read
+            picture: Image.Image = Image.open(content, formats=FORMATS)
+            if picture.width * picture.height > LARGEST_PICTURE:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {LARGEST_PICTURE:,}")
+            if draw is not None:
+                picture = random_crop(picture, transform.image_shape[1:], draw, slot)
+            return transform.pixels(picture)
     except FileNotFoundError:
         raise UserError(f"{os.fsdecode(path)}: no such image; data.skip_unreadable=true leaves such images out") from None
     except _UNREADABLE as error:
-        told = "it is of no known kind" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())[:200]
+        told = " ".join(str(error).split())[:200]
+        if isinstance(error, UnidentifiedImageError):
+            told = "it is of no known kind"
+        elif isinstance(error, OSError) and error.filename is not None:
+            told = error.strerror or told
         why = f"cannot be read as an image: {told or type(error).__name__}"
         raise UserError(f"{os.fsdecode(path)}: {why}; mend or delete it, or let data.skip_unreadable=true leave it out") from None
+
+
+def _bands(content: io.BytesIO) -> np.ndarray:
+    archive = np.load(content, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("is one array, not an archive of them")
+    with archive:
+        entries = archive.zip.infolist() if archive.zip is not None else []
+        size = max((entry.file_size for entry in entries), default=0)
+        if size > LARGEST_BANDS:
+            raise ValueError(f"unpacks to {size:,} bytes, more than {LARGEST_BANDS:,}")
+        bands: np.ndarray = archive["x"]
+        return bands
 
 
 def missing(root: Path, paths: Sequence[str]) -> list[int]:

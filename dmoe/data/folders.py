@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ REPORTED: Mapping[TaskKind, Mapping[str, str]] = {
 
 NAMED_AT_MOST = 12
 """Domains in an error message."""
+
+CLASS_DEPTH, DEEPEST = 2, 64
+"""Folders between the data set's and a class folder, and an image."""
+
+LONGEST_LINE, LONGEST_NAME, LONGEST_PATH = 1 << 20, 255, 4096
+"""Characters: of a line in a CSV file, of a class or domain, of a path."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def read_listing(source: Path) -> Listing:
     layout = "folders DIR/domain/class/image, or a file.csv with columns path,label,domain"
     if not source.exists():
         raise UserError(f"{source}: no such folder or file; --data_dir (data.dir) takes {layout}")
-    if source.suffix.lower() != ".csv":
+    if source.suffix.lower() != ".csv" or not source.is_file():
         raise UserError(f"{source}: neither a folder nor a .csv file; --data_dir (data.dir) takes {layout}")
     return _listing_of_table(source)
 
@@ -191,12 +197,22 @@ def _listing_of_folder(folder: Path) -> Listing:
     return Listing(folder, folder, paths, labels, domains, [], [])
 
 
-def _images_below(folder: Path, path: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _images_below(
+    folder: Path, path: str, above: tuple[tuple[int, int], ...], seen: set[tuple[int, int]] | None = None
+) -> Iterator[str]:
     """Paths of all images below a folder, after ``path``.
 
-    Links to folders are followed, but for those that lead back to where one came from. What systems hide is left out. A link
-    that leads nowhere is taken for an image if its name is one's: it is to be found and told, not to be missed.
+    Links to folders are followed, but for those that lead back to where one came from, and below a class folder each folder is
+    taken once: a few links could make more paths than there are bytes. What systems hide is left out. A link that leads nowhere is
+    taken for an image if its name is one's: it is to be found and told, not to be missed.
+
+    Args:
+        above: the folders that one came through, as the system numbers them.
+        seen: those below the same class folder that were looked into; None: this one is above.
     """
+    depth = len(above)
+    if depth > DEEPEST:
+        raise UserError(f"{folder}: more than {DEEPEST} folders deep; the layout is domain/class/image")
     try:
         status = folder.stat()
         with os.scandir(folder) as listed:
@@ -204,11 +220,14 @@ def _images_below(folder: Path, path: str, above: tuple[tuple[int, int], ...]) -
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
     here = (status.st_dev, status.st_ino)
-    if here in above:
+    if here in above or (seen is not None and here in seen):
         return
-    for entry in entries:
+    seen = {here} if seen is None and depth == CLASS_DEPTH else seen
+    if seen is not None:
+        seen.add(here)
+    for entry in sorted(entries, key=lambda entry: entry.name):
         if Path(entry.path).is_dir():
-            yield from _images_below(folder / entry.name, f"{path}{entry.name}/", (*above, here))
+            yield from _images_below(folder / entry.name, f"{path}{entry.name}/", (*above, here), seen)
         elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES and (entry.is_symlink() or entry.is_file()):
             yield f"{path}{entry.name}"
 
@@ -233,7 +252,11 @@ def _listing_of_table(table: Path) -> Listing:
             place = header.index(name)
             if place >= len(fields) or not fields[place]:
                 raise UserError(f"{table}: line {line}: its {name} is empty")
-            values.append(fields[place])
+            text, longest = fields[place], LONGEST_PATH if name == "path" else LONGEST_NAME
+            if len(text) > longest or _CONTROL.search(text):
+                why = f"is longer than {longest} characters" if len(text) > longest else "holds a line break or control character"
+                raise UserError(f"{table}: line {line}: its {name} {why}: mend the quotes of that row")
+            values.append(text)
     lines = list(rows)
     paths = [str(PurePosixPath(path)) for path in columns["path"]]
     first: dict[str, int] = {}
@@ -244,13 +267,16 @@ def _listing_of_table(table: Path) -> Listing:
     return Listing(table, table.parent, paths, columns["label"], columns["domain"], splits, lines)
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 def _rows_of_table(table: Path) -> tuple[list[str], dict[int, list[str]]]:
     """The column names in lower case, and the fields of each row that is not blank, by its line in the file."""
     line = 0
     rows: dict[int, list[str]] = {}
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            reader = csv.reader(_short_lines(file), strict=True, skipinitialspace=True)
             for fields in reader:
                 line, texts = reader.line_num, [text.strip() for text in fields]
                 if any(texts):
@@ -265,6 +291,13 @@ def _rows_of_table(table: Path) -> tuple[list[str], dict[int, list[str]]]:
         raise UserError(f"{table}: empty; it needs a first line with the columns {','.join(COLUMNS)}")
     header = rows.pop(next(iter(rows)))
     return [name.lower() for name in header], rows
+
+
+def _short_lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise csv.Error(f"a line of more than {LONGEST_LINE} characters")
+        yield line
 
 
 def _known_splits(table: Path, words: list[str], lines: list[int]) -> list[str]:
@@ -340,7 +373,7 @@ def _values(listing: Listing) -> tuple[Tensor, list[str]]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise UserError(
                 f"{listing.where}: line {line}: the label {text!r} is not a number: mend it, or use data.labels=classes"
             )

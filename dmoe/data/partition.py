@@ -49,7 +49,10 @@ def read_partition(path: Path) -> dict[int, int]:
     experts = read_json(path).get("experts")
     if not isinstance(experts, list) or not all(isinstance(e, list) and all(type(d) is int for d in e) for e in experts):
         raise UserError(f"{path}: damaged, it must list the domains of each expert: delete it to make it again")
-    return {domain: expert for expert, domains in enumerate(experts) for domain in domains}
+    groups = {domain: expert for expert, domains in enumerate(experts) for domain in domains}
+    if len(groups) != sum(map(len, experts)):
+        raise UserError(f"{path}: damaged, a domain belongs to two experts: delete it to make it again")
+    return groups
 
 
 def check_partition(groups: Mapping[int, int], domains: Sequence[int], *, count: int, where: Path) -> None:

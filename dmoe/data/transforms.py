@@ -112,8 +112,20 @@ class ImageTransform:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "ImageTransform":
-        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
-        return cls(**plain)
+        """What :meth:`to_facts` made, with lists for tuples.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not.
+        """
+        shape, mean, std, per_image = facts["image_shape"], facts["mean"], facts["std"], facts["per_image"]
+        for name, values, kinds in (("image_shape", shape, (int,)), ("mean", mean, (int, float)), ("std", std, (int, float))):
+            if not isinstance(values, list | tuple) or not values or not all(type(value) in kinds for value in values):
+                raise ValueError(f"{name} {values!r}")
+        if len(shape) != 3 or min(shape) < 1 or {len(mean), len(std)} - {1, shape[0]} or type(per_image) is not bool:
+            raise ValueError(f"image_shape {shape}, mean {mean}, std {std}, per_image {per_image!r}")
+        if not all(abs(value) < 1e30 for value in (*mean, *std)) or min(std) <= 0:
+            raise ValueError(f"mean {mean}, std {std}")
+        return cls(tuple(shape), mean=tuple(mean), std=tuple(std), per_image=per_image)
 
 
 def turn(images: Tensor, view: Tensor) -> None:

@@ -70,8 +70,11 @@ def _iwildcam_classes(stock: Any) -> list[str]:
         return [str(number) for number in range(stock.n_classes)]
     import pandas
 
-    table = pandas.read_csv(path)
-    names = {int(y): str(name) for y, name in zip(table["y"], table["name"], strict=True)}
+    try:
+        table = pandas.read_csv(path)
+        names = {int(y): str(name) for y, name in zip(table["y"], table["name"], strict=True)}
+    except (OSError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}: bring back that of the release") from None
     return [names.get(number, str(number)) for number in range(stock.n_classes)]
 
 

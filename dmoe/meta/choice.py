@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from dmoe.artifacts import digest_of_facts, read_json, write_json
 from dmoe.errors import UserError
 from dmoe.machine import cache_folder, processor
 from dmoe.memory import peak_bytes
+from dmoe.meta.gradient import GradientMethod
 from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 
 SAFETY = 1.25
@@ -51,8 +52,16 @@ class Choice:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> "Choice":
-        """What :func:`dataclasses.asdict` made."""
-        return cls(Way(**facts["way"]), float(facts["gigabytes"]), float(facts["seconds"]))
+        """What :func:`dataclasses.asdict` made.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: it did not.
+        """
+        way = Way(**facts["way"])
+        sized = way.chunk_size is None or (type(way.chunk_size) is int and way.chunk_size >= 1)
+        if way.method not in get_args(GradientMethod) or not sized:
+            raise ValueError(f"no way: {way}")
+        return cls(way, float(facts["gigabytes"]), float(facts["seconds"]))
 
 
 def choose(learner: MetaLearner, episode: EpisodeBatch, *, budget: int) -> Choice:
@@ -112,7 +121,7 @@ def remembered(facts: Mapping[str, Any]) -> Choice | None:
         return None
     try:
         return Choice.from_facts(read_json(path))
-    except (UserError, KeyError, TypeError, ValueError):  # a note that says nothing is as good as none
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):  # a note that says nothing is as good as none
         return None
 
 

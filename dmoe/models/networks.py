@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dmoe.artifacts import load_into, load_tensors
 from dmoe.errors import UserError
@@ -36,6 +37,10 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(images))
         return logits
+
+
+SMALL = 512
+"""Edge of an image in pixels; the last layer of :class:`SmallConv` has a weight for each place."""
 
 
 class SmallConv(nn.Sequential):
@@ -90,6 +95,10 @@ def build_network(
     if name == "small_conv":
         if pretrained:
             raise UserError("backbone.weights: small_conv has no pretrained weights: use none or a file")
+        if max(image_shape[1:]) > SMALL:
+            raise UserError(
+                f"backbone.name: small_conv is for images of up to {SMALL} pixels, these are {image_shape}: use another"
+            )
         features: nn.Module = SmallConv(image_shape=image_shape)
     elif name.startswith("timm:"):
         features = _timm_features(name.removeprefix("timm:"), image_shape, pretrained)
@@ -183,10 +192,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _feature_width(features: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """D; where the network lets itself be followed without numbers, whatever the size of the images, in no time and memory."""
     was_training = features.training
+    shapes = {name: tensor.to("meta") for name, tensor in (*features.named_parameters(), *features.named_buffers())}
     try:
         with torch.no_grad():
-            out = features.eval()(torch.zeros(1, *image_shape))
+            try:
+                out = functional_call(features.eval(), shapes, (torch.zeros(1, *image_shape, device="meta"),))
+            except (RuntimeError, ValueError, AssertionError, NotImplementedError):
+                out = features.eval()(torch.zeros(1, *image_shape))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"backbone.name: it cannot take images of {image_shape}: {_first_line(error)}") from error
     features.train(was_training)
