@@ -96,9 +96,13 @@ class Stage:
         """Raise a UserError unless all files are as the manifest has them."""
         files = self.files(manifest)
         there = {path.name: path for path in self.folder.iterdir() if path.is_file()}
+        sizes = manifest.get("bytes", {})  # another size tells at once
         for name, digest in files.items():
-            path = there.get(name)
-            fault = "missing" if path is None else "changed or cut off" if digest_of_file(path) != digest else ""
+            path, fault = there.get(name), ""
+            if path is None:
+                fault = "missing"
+            elif (isinstance(sizes, dict) and sizes.get(name) not in (None, path.stat().st_size)) or digest_of_file(path) != digest:
+                fault = "changed or cut off"
             if fault:
                 where = self.folder / Path(name).name
                 raise UserError(f"{where}: {fault} since it was written: bring it back, or delete {self.folder} to redo it")
@@ -130,6 +134,7 @@ class Stage:
             "stage": self.name,
             "inputs": dict(self.inputs),
             "files": {path.name: digest_of_file(path) for path in files},
+            "bytes": {path.name: path.stat().st_size for path in files},
             "figures": dict(figures),
             "versions": versions(),
             "finished": _now(),
