@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dmoe
 from dmoe import stages
-from dmoe.artifacts import read_json, write_json
+from dmoe.artifacts import load_tensors, read_json, save_tensors, write_json
 from dmoe.diagnosis import learned_ranges, summaries
 from dmoe.errors import UserError
 from dmoe.meta_stage import meta_train_student
@@ -135,7 +135,7 @@ def test_ranges_are_measured_once(run: Run, measured: list[Any], capsys: pytest.
     tokens = tokens_of(run)
     measure_ranges(run, tokens)
     assert "diagnosis: ranges of 6 statistics from 10 batches of 5 source domains, 3 batches of 3" in capsys.readouterr().out
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (run.folder.path / "diagnosis").iterdir()}
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (run.folder.path / "diagnosis").glob("*.json")}
     count = len(measured)
     measure_ranges(run, tokens)
     assert "diagnosis: already finished from the same inputs" in capsys.readouterr().out
@@ -194,8 +194,10 @@ def test_ranges_of_other_weights_or_of_another_way_to_normalise_are_not_gone_by(
     by_batch = run_in(run.folder.path, "evaluation.expert_batch_norm=batch").config
     assert load_as(run.folder, run.config, device="cpu").ranges is not None
     assert load_as(run.folder, by_batch, device="cpu").ranges is None
-    manifest = run.folder.path / "meta" / "manifest.json"
-    write_json(manifest, {**read_json(manifest), "files": {"weights.safetensors": "others"}})
+    stage = run.folder.stage("meta", read_json(run.folder.path / "meta" / "manifest.json")["inputs"])
+    tensors = load_tensors(stage.weights)[0]
+    save_tensors(stage.weights, {name: tensor + 1 for name, tensor in tensors.items()})
+    stage.finish(files=[stage.weights], figures={})
     assert dmoe.load(run.folder.path).ranges is None
 
 
