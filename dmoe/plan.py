@@ -22,6 +22,7 @@ from dmoe.models.networks import Network
 from dmoe.randomness import generator
 from dmoe.stages import Run
 from dmoe.tokens import TOKENS, bytes_a_number
+from dmoe.watch_stage import batches_of
 
 SECONDS_A_MEASUREMENT = 0.3
 """About how long each timed batch takes; batches are made as small or as large as that asks for."""
@@ -172,6 +173,7 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
     aggregating, checks = _training(config.aggregator.training, len(source))
     adapt = config.support_size * (experts.count * costs.forward + 2 * costs.train)
     target = run.dataset.splits["target"]
+    watched = sum(len(batches_of(run.dataset.splits[name], size=config.support_size, key=())) for name in ("source", "validation"))
 
     def finished(name: str) -> bool:
         return name in run.given or (run.folder.path / name / "manifest.json").exists()
@@ -211,6 +213,11 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
             0.0
             if finished("meta")
             else meta_steps * per_update * episode * max(costs.read, costs.meta) + meta_checks * tested(validation),
+        ),
+        Entry(
+            "diagnosis",
+            f"{watched} batches of {config.support_size} images adapted to, from tokens",
+            0.0 if finished("diagnosis") else watched * config.support_size * max(costs.read, 2 * costs.train + costs.forward),
         ),
         Entry("test", f"{len(target):,} images of {len(target.members)} domains", 3 * len(target) * look + tested(target)),
     ]
