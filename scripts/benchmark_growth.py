@@ -132,11 +132,12 @@ def sentences(points: Sequence[Point], *, size: int) -> list[str]:
     for panel in dict.fromkeys(point.panel for point in points):
         values = {side: [p for p in points if (p.panel, p.side) == (panel, side)] for side in SIDES}
         if panel == "backbone":
-            ratios = [
-                f"{BACKBONES.get(plain.value, plain.value)} {plain.cpu / chunks.cpu:.1f} and {plain.memory / chunks.memory:.1f}"
-                for plain, chunks in zip(values["published"], values["chunks"], strict=True)
+            parts = [
+                f"{BACKBONES.get(plain.value, plain.value)} {whole.cpu / plain.cpu:.2f} of the time in one graph, "
+                f"{chunks.cpu / plain.cpu:.2f} of it and {chunks.memory / plain.memory:.2f} of the memory in chunks"
+                for plain, whole, chunks in zip(*(values[side] for side in ("published", "whole", "chunks")), strict=True)
             ]
-            told.append(f"So many times less time and memory ours in chunks takes at {size}x{size}: {'; '.join(ratios)}.")
+            told.append(f"Of what the published way takes at {size}x{size}, ours takes: {'; '.join(parts)}.")
             continue
         thing = {"experts": "expert", "support": "support image", "inner_steps": "inner step"}[panel]
         cpu, memory = ({side: slope(found, field) for side, found in values.items()} for field in ("cpu", "memory"))

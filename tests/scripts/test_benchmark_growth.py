@@ -44,7 +44,9 @@ def test_a_panel_has_one_sentence_of_its_numbers() -> None:
     assert sentences(made_up(), size=64) == [
         "Each further support image costs 250 CPU ms and 500 MB as published, 125 ms and 250 MB in our one graph, "
         "62 ms and 0 MB in chunks of 8.",
-        "So many times less time and memory ours in chunks takes at 64x64: ResNet-18 1.5 and 4.0; ViT-S/16 1.5 and 4.0.",
+        "Of what the published way takes at 64x64, ours takes: "
+        "ResNet-18 0.50 of the time in one graph, 0.67 of it and 0.25 of the memory in chunks; "
+        "ViT-S/16 0.50 of the time in one graph, 0.67 of it and 0.25 of the memory in chunks.",
     ]
 
 
