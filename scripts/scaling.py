@@ -33,7 +33,7 @@ from dmoe.data.transforms import ImageTransform
 from dmoe.data.wilds import KINDS
 from dmoe.errors import UserError
 from dmoe.machine import keep_freed_memory
-from dmoe.memory import peak_bytes
+from dmoe.memory import memory_budget, peak_bytes
 from dmoe.meta.learner import EpisodeBatch, Way
 from dmoe.meta_stage import meta_learner
 from dmoe.model import build_aggregator
@@ -44,7 +44,7 @@ from scripts.benchmarks import page, published
 from scripts.benchmarks.measuring import Place
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-IN_CHUNKS = Way("forward_over_reverse", 4)
+IN_CHUNKS, WHOLE = Way("forward_over_reverse", 4), Way("double_backward")
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,36 @@ class Rates:
     """Of one recipe's networks at its image size, on one device.
 
     Attributes:
-        forward, train, meta, aggregate: seconds, see :class:`dmoe.plan.Costs`.
-        published_meta: seconds of an image of an episode by double backward through a kept graph, without the experts.
-        memory: GB of tensors of a whole update, ours in chunks of 4.
-        published_memory: the same as published, in proportion to the images.
+        forward, train, aggregate: seconds, see :class:`dmoe.plan.Costs`.
+        chunks, whole, published_meta: seconds of an image of an episode, without the experts: ours in chunks of 4, ours in one graph, and
+            as published.
+        chunks_memory, whole_memory, published_memory: GB of tensors of a whole update; the last two in proportion to the images.
+        budget: GB that an update may take there.
     """
 
     forward: float
     train: float
     aggregate: float
-    meta: float
+    chunks: float
+    whole: float
     published_meta: float
-    memory: float
+    chunks_memory: float
+    whole_memory: float
     published_memory: float
+    budget: float
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether ours goes in chunks: where one graph is too large, or slower."""
+        return self.whole_memory > self.budget or self.chunks < self.whole
+
+    @property
+    def meta(self) -> float:
+        return self.chunks if self.in_chunks else self.whole
+
+    @property
+    def memory(self) -> float:
+        return self.chunks_memory if self.in_chunks else self.whole_memory
 
 
 class Counted(DomainSplit):
@@ -140,29 +157,39 @@ def recipe_run(name: str, recipe: Recipe, *, device: str = "cpu") -> Run:
     return Run(config=config, folder=RunFolder(folder), dataset=dataset, groups=groups, device=torch.device(device))
 
 
-def hours(run: Run, rates: Rates, *, gpus: int) -> dict[str, float]:
-    """Hours of each stage, ours; only experts are trained on several GPUs at once. Reading is left out: it depends on the disk."""
-    costs = plan.Costs(read=0.0, forward=rates.forward, train=rates.train, aggregate=rates.aggregate, meta=rates.meta)
-    # On a CPU the plan counts one machine; so the division is done here.
-    found = {entry.stage: entry.seconds / 3600 for entry in plan.entries(replace(run, device=torch.device("cpu")), costs)}
-    return {**found, "experts": found["experts"] / min(gpus, run.config.experts.count)}
+def hours(run: Run, rates: Rates, *, gpus: int, meta: float | None = None) -> dict[str, float]:
+    """Hours of each stage, ours; ``meta``: by other seconds of an image of an episode. Reading is left out: it depends on the disk.
+
+    Several GPUs share experts, tokens, the episodes of an update and the domains of an evaluation.
+    """
+
+    def entries(meta: float) -> dict[str, float]:
+        costs = plan.Costs(read=0.0, forward=rates.forward, train=rates.train, aggregate=rates.aggregate, meta=meta)
+        # On a CPU the plan counts one machine; so the division is done here.
+        return {entry.stage: entry.seconds / 3600 for entry in plan.entries(replace(run, device=torch.device("cpu")), costs)}
+
+    found, looks = entries(rates.meta if meta is None else meta), entries(0.0)["meta"]
+    updates = (found["meta"] - looks) / min(gpus, run.config.meta.domains_per_update)
+    shared = {stage: found[stage] / gpus for stage in ("tokens", "test")}
+    return {**found, **shared, "experts": found["experts"] / min(gpus, run.config.experts.count), "meta": updates + looks / gpus}
 
 
 def published_hours(run: Run, rates: Rates, *, gpus: int) -> dict[str, float]:
-    """The same as published: no tokens are stored, every expert sees the images of every step again."""
+    """The same as published: no tokens are stored, every expert sees the images of every step again, on one GPU but for the experts."""
     config, source, validation = run.config, run.source, run.validation
     live = config.experts.count * rates.forward / 3600  # an image through all experts
-    ours = hours(run, rates, gpus=gpus)
+    ours = {**hours(run, rates, gpus=1), "diagnosis": 0.0}
     training = config.aggregator.training
     steps, looks = plan._training(training, len(source))
     aggregator = steps * (min(training.batch_size, len(source)) * live + rates.aggregate / 3600) + looks * len(validation) * live
     settings = config.meta
     episodes = settings.domains_per_update
     updates = settings.duration.steps(max(1, len(source) // (episodes * (settings.support_size + settings.query_size))))
-    plainly = hours(run, replace(rates, meta=rates.published_meta), gpus=gpus)["meta"]
+    plainly = hours(run, rates, gpus=1, meta=rates.published_meta)["meta"]
+    experts = hours(run, rates, gpus=gpus)["experts"]
     # Its log needs the query images once more, before adapting.
     more = updates * episodes * (settings.support_size * live + settings.query_size * rates.forward / 3600)
-    return {**ours, "tokens": 0.0, "aggregator": aggregator, "meta": plainly + more}
+    return {**ours, "experts": experts, "tokens": 0.0, "aggregator": aggregator, "meta": plainly + more}
 
 
 def measure(name: str, run: Run, *, images: int) -> Rates:
@@ -173,7 +200,6 @@ def measure(name: str, run: Run, *, images: int) -> Rates:
     outputs = run.dataset.task.num_outputs
     teacher = build_aggregator(run.config.aggregator, width=student.width, num_outputs=outputs).to(device).eval()
     learner = meta_learner(run, teacher, student)
-    learner.way = IN_CHUNKS
     count = min(images, settings.support_size)
     index = torch.arange(count)
     pictures, labels = run.source.images(index).to(device), run.source.labels[index].to(device)
@@ -194,7 +220,8 @@ def measure(name: str, run: Run, *, images: int) -> Rates:
         for _ in range(steps):
             run.dataset.task.loss(teacher.logits(tokens), many).backward()
 
-    def meta(number: int) -> None:
+    def meta(number: int, way: Way = IN_CHUNKS) -> None:
+        learner.way = way
         part = slice(None, number)
         learner.add_gradients([EpisodeBatch(pictures[part], masked[part], pictures[part], labels[part])])
 
@@ -214,18 +241,22 @@ def measure(name: str, run: Run, *, images: int) -> Rates:
 
     for number in (1, 4):  # what is made once, gradients and caches, is made
         meta(min(number, count))
-    whole = peak_bytes(lambda: meta(min(IN_CHUNKS.chunk_size or 1, count)), device)
+    chunk = peak_bytes(lambda: meta(min(IN_CHUNKS.chunk_size or 1, count)), device)
     few, more = (peak_bytes(lambda n=n: as_published(n), device) for n in (1, 2))
+    few_ours, more_ours = (peak_bytes(lambda n=n: meta(n, WHOLE), device) for n in (1, 2))
     of_episode = (settings.support_size + settings.query_size) / 2  # what was measured has as many query images as support images
     print(f"{name}: measured with {count} images of {pictures.shape[-1]} pixels", flush=True)
     return Rates(
         forward=plan._seconds_each(forward, at_most=count, wait=wait),
         train=plan._seconds_each(train, at_most=count, wait=wait),
         aggregate=plan._seconds_each(aggregate, at_most=4, wait=wait),
-        meta=plan._seconds_each(meta, at_most=count, wait=wait) / 2,
+        chunks=plan._seconds_each(meta, at_most=count, wait=wait) / 2,
+        whole=plan._seconds_each(lambda number: meta(number, WHOLE), at_most=count, wait=wait) / 2,
         published_meta=plan._seconds_each(as_published, at_most=count, wait=wait) / 2,
-        memory=whole / 1e9,
+        chunks_memory=chunk / 1e9,
+        whole_memory=(few_ours + (more_ours - few_ours) * (of_episode - 1)) / 1e9,
         published_memory=(few + (more - few) * (of_episode - 1)) / 1e9,
+        budget=memory_budget(device) / 1e9,
     )
 
 
@@ -238,7 +269,8 @@ def markdown(rates: Mapping[str, Rates], machine: Mapping[str, Any]) -> str:
         "| hours | ours | as published | ours, on 8 | as published, on 8 |",
         "|---" * 5 + "|",
     ]
-    disk = ["", "| GB | memory of an update, ours | as published | disk: tokens | download |", "|---" * 5 + "|"]
+    disk = ["", "| GB | memory of an update, ours in one graph | in chunks | as published | taken | disk: tokens | download |"]
+    disk += ["|---" * 7 + "|"]
     stages = ["", "| hours on one | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
     for name, found in rates.items():
         run = recipe_run(name, RECIPES[name])
@@ -248,15 +280,22 @@ def markdown(rates: Mapping[str, Rates], machine: Mapping[str, Any]) -> str:
         sums = " | ".join(_told(sum(stage.values())) for stage in (one, plain, eight, plain_eight))
         lines.append(f"| `{name}` | {sums} |")
         stored, download = plan.token_bytes(run, width=width) / 1e9, RECIPES[name].download
-        disk.append(f"| `{name}` | {found.memory:.1f} | {found.published_memory:.1f} | {stored:.1f} | {download:.1f} |")
+        sizes = f"{found.whole_memory:.1f} | {found.chunks_memory:.1f} | {found.published_memory:.1f}"
+        taken = "chunks" if found.in_chunks else "one graph"
+        disk.append(f"| `{name}` | {sizes} | {taken} | {stored:.1f} | {download:.1f} |")
         for way, each in (("ours", one), ("as published", plain)):
             stages.append(f"| `{name}`, {way} | " + " | ".join(_told(each[stage]) for stage in STAGES) + " |")
-    measured = ["", "| images a second | size | forward | forward and backward | meta-step, ours | as published, without experts |"]
-    measured += ["|---" * 6 + "|"]
+    measured = ["", "| images a second | size | forward | and backward | meta-step, ours in one graph | in chunks | as published |"]
+    measured += ["|---" * 7 + "|"]
     for name, found in rates.items():
-        numbers = (found.forward, found.train, found.meta, found.published_meta)
+        numbers = (found.forward, found.train, found.whole, found.chunks, found.published_meta)
         measured.append(f"| `{name}` | {KINDS[name].size} | " + " | ".join(f"{1 / seconds:.3g}" for seconds in numbers) + " |")
-    return "\n".join([*lines, *stages, *disk, *FOOT.splitlines(), *measured]) + "\n"
+    return (
+        "\n".join(
+            [*lines, *stages, *disk, *FOOT.format(budget=min(found.budget for found in rates.values())).splitlines(), *measured]
+        )
+        + "\n"
+    )
 
 
 HEAD = """\
@@ -269,18 +308,19 @@ ICML 2021, appendix E) and the arithmetic of the plan that every run prints, wit
 {whose}
 
 Reading images is left out: it depends on the disk and on how many processes read, see `scripts/benchmark_loading.py`. With eight
-{device}s experts are trained side by side, one on each; the other stages run on one. As published, frozen experts see the images of
-every step again, and gradients are taken by double backward.
+{device}s experts are trained side by side; tokens, the domains of evaluations and the episodes of an update are shared, of which the
+recipes have one (`meta.domains_per_update`). As published, only experts can be spread, frozen experts see the images of every step
+again, and gradients are taken by double backward through the plain network.
 """
 OF_A_GPU = "These are figures of that GPU, float32."
 OF_A_CPU = """\
 **These are figures of that CPU, extrapolated.** Figures of a GPU need rates measured on one:
 `python scripts/scaling.py --device cuda --images 32`. What carries over is the disk and, roughly, the ratio of the two ways."""
 FOOT = """
-Memory is that of the tensors of one update beside the networks: ours in chunks of 4 images, so that it does not grow with the
-episode; as published extrapolated from episodes of one image and of two, without the experts. `tokens.storage=float16` halves the
-tokens on disk. A run takes the fastest way that fits into its memory, so its meta-steps may cost less than those in chunks."""
-STAGES = ["experts", "tokens", "aggregator", "student", "meta", "test"]
+Memory is that of the tensors of one update beside the networks, extrapolated from episodes of one image and of two; in chunks of 4
+images it does not grow with the episode. Ours takes the faster way that fits into what a run allows itself there (`meta.memory_gb`:
+{budget:.0f} GB), as `meta.gradient: auto` does with chunks of all sizes. `tokens.storage=float16` halves the tokens on disk."""
+STAGES = ["experts", "tokens", "aggregator", "student", "meta", "diagnosis", "test"]
 WIDTHS = {"iwildcam": 2048, "camelyon": 1024, "rxrx1": 2048, "fmow": 1024, "poverty": 512}
 """Of the features, D."""
 
