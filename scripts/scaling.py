@@ -88,8 +88,8 @@ class Rates:
 
     Attributes:
         forward, train, aggregate: seconds, see :class:`dmoe.plan.Costs`.
-        chunks, whole, published_meta: seconds of an image of an episode, without the experts: ours in chunks of 4, ours in one graph, and
-            as published.
+        chunks, whole, published_meta: seconds of an image of an episode, without the experts: ours in chunks of 4, ours in one
+            graph, and as published.
         chunks_memory, whole_memory, published_memory: GB of tensors of a whole update; the last two in proportion to the images.
         budget: GB that an update may take there.
     """
@@ -175,7 +175,7 @@ def hours(run: Run, rates: Rates, *, gpus: int, meta: float | None = None) -> di
 
 
 def published_hours(run: Run, rates: Rates, *, gpus: int) -> dict[str, float]:
-    """The same as published: no tokens are stored, every expert sees the images of every step again, on one GPU but for the experts."""
+    """The same as published: no tokens are stored, every expert sees the images of every step again; only experts are spread."""
     config, source, validation = run.config, run.source, run.validation
     live = config.experts.count * rates.forward / 3600  # an image through all experts
     ours = {**hours(run, rates, gpus=1), "diagnosis": 0.0}
@@ -266,6 +266,7 @@ def markdown(rates: Mapping[str, Rates], machine: Mapping[str, Any]) -> str:
     device = "GPU" if on_gpu else "machine"
     lines = [
         *HEAD.format(machine=page.machine(machine), whose=OF_A_GPU if on_gpu else OF_A_CPU, device=device).splitlines(),
+        "",
         "| hours | ours | as published | ours, on 8 | as published, on 8 |",
         "|---" * 5 + "|",
     ]
@@ -308,9 +309,9 @@ ICML 2021, appendix E) and the arithmetic of the plan that every run prints, wit
 {whose}
 
 Reading images is left out: it depends on the disk and on how many processes read, see `scripts/benchmark_loading.py`. With eight
-{device}s experts are trained side by side; tokens, the domains of evaluations and the episodes of an update are shared, of which the
-recipes have one (`meta.domains_per_update`). As published, only experts can be spread, frozen experts see the images of every step
-again, and gradients are taken by double backward through the plain network.
+{device}s experts are trained side by side; tokens, the domains of evaluations and the episodes of an update are shared, of
+which the recipes have one (`meta.domains_per_update`). As published, only experts can be spread, frozen experts see the images of
+every step again, and gradients are taken by double backward through the plain network.
 """
 OF_A_GPU = "These are figures of that GPU, float32."
 OF_A_CPU = """\

@@ -26,7 +26,7 @@ from dmoe.tasks import TaskKind
 from dmoe.tokens import TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["experts", "tokens", "aggregator", "student", "meta", "test"]
+STAGES = ["experts", "tokens", "aggregator", "student", "meta", "diagnosis", "test"]
 FREE = Costs(read=0, forward=0, train=0, aggregate=0, meta=0)
 
 
@@ -107,18 +107,18 @@ def test_tokens_that_are_there_need_no_more_disk(tmp_path: Path, disk: Callable[
     ("cost", "expected"),
     [
         # 3 epochs of 6 batches, and of 4, of 10 images; 7 batches of 25; in meta 3 checks, each adapting 3 domains to 8 images
-        # by 2 passes through the student
-        ("train", by_stage(18 * 10 + 12 * 10, 0, 0, 7 * 25, 3 * 3 * 8 * 2, 5 * 8 * 2)),
+        # by 2 passes through the student; ranges come of 2 batches of each source domain and 1 of each validation domain
+        ("train", by_stage(18 * 10 + 12 * 10, 0, 0, 7 * 25, 3 * 3 * 8 * 2, 13 * 8 * 2, 5 * 8 * 2)),
         # 3 checks of each expert and of the student, on 30 images; adapting asks 2 experts; a test is 4 passes over 50 images
         (
             "forward",
-            by_stage(2 * 3 * 30, 130 * 2, 0, 3 * 30, 3 * (30 + 3 * 8 * 2), 4 * 50 + 5 * 8 * 2),
+            by_stage(2 * 3 * 30, 130 * 2, 0, 3 * 30, 3 * (30 + 3 * 8 * 2), 13 * 8, 4 * 50 + 5 * 8 * 2),
         ),
         # 2 epochs of 5 batches, 2 checks
-        ("aggregate", by_stage(0, 0, 10 + 2, 0, 0, 0)),
+        ("aggregate", by_stage(0, 0, 10 + 2, 0, 0, 0, 0)),
         # 2 epochs of 100 // 30 updates of 2 episodes
-        ("meta", by_stage(0, 0, 0, 0, 6 * 2 * 15, 0)),
-        ("read", by_stage(300 + 180, 130, 0, 175 + 90, 6 * 2 * 15 + 3 * 30, 4 * 50)),
+        ("meta", by_stage(0, 0, 0, 0, 6 * 2 * 15, 0, 0)),
+        ("read", by_stage(300 + 180, 130, 0, 175 + 90, 6 * 2 * 15 + 3 * 30, 13 * 8, 4 * 50)),
     ],
 )
 def test_each_stage_takes_its_steps_times_their_cost(tmp_path: Path, cost: str, expected: dict[str, float]) -> None:
@@ -202,6 +202,7 @@ def test_work_is_said_in_steps_and_images(tmp_path: Path) -> None:
         "aggregator": "2 epochs of batches of 20, from tokens",
         "student": "7 steps of batches of 25",
         "meta": "6 updates of 2 x 8 + 7 images",
+        "diagnosis": "13 batches of 8 images adapted to, from tokens",
         "test": "50 images of 5 domains",
     }
 
@@ -250,7 +251,7 @@ def test_plan_ends_with_the_sum_of_the_stages(tmp_path: Path, measured: Costs, c
     total = sum(entry.seconds for entry in entries(run, measured))
     assert 2 * 60 <= total < 2 * 3600
     assert lines[-2].split() == ["in", "all,", "about", f"{total / 60:.1f}", "min"]
-    assert [line.split()[0] for line in lines[-8:-2]] == STAGES
+    assert [line.split()[0] for line in lines[-9:-2]] == STAGES
 
 
 @pytest.mark.usefixtures("measured")
