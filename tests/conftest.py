@@ -1,5 +1,6 @@
 """What every test needs."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,3 +53,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("file systems can be mounted by root only")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a writer that failed may hold a file open
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes begin with Ctrl-C as a terminal gives it to them, even where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -332,14 +332,6 @@ def test_pretrained_stage_that_is_asked_for_and_missing_is_told(tmp_path: Path) 
         stages.pretrain_student(open_run(options), only_load=True)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Processes begin with Ctrl-C as a terminal gives it to them, even where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
 def test_interrupt_while_experts_train_leaves_one_line_and_no_process(tmp_path: Path, interruptible: None) -> None:
     folder = tmp_path / "run"

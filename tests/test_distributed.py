@@ -23,6 +23,7 @@ from dmoe.artifacts import read_json
 from dmoe.config import Duration, MetaConfig, OptimizerConfig
 from dmoe.console import say
 from dmoe.data.base import DomainSplit
+from dmoe.diagnosis import Diagnosis
 from dmoe.distributed import ALONE, World, folded, joined
 from dmoe.evaluation import evaluate
 from dmoe.meta.learner import MetaLearner
@@ -198,6 +199,8 @@ def test_sums_are_the_same_to_the_bit_however_they_are_shared_out(values: list[f
 
 class ByColour:
     """Adapts to nothing; tells images apart by their mean."""
+
+    diagnosis = Diagnosis()
 
     def adapt(self, images: Tensor) -> Any:
         return self

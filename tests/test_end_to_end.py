@@ -235,14 +235,6 @@ def test_expert_that_fails_is_reported_with_the_end_of_its_log_and_the_others_fi
     assert ours["experts/expert_01/weights.safetensors"] == theirs["experts/expert_01/weights.safetensors"]
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Processes begin with Ctrl-C as a terminal gives it to them, even where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_interrupt_while_the_student_trains_keeps_what_is_finished(undisturbed: Path, folder: Path, interruptible: None) -> None:
     forget(folder, "student", "meta", "model.json", "results.jsonl")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "lock"}

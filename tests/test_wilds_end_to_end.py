@@ -632,7 +632,7 @@ def test_run_goes_on_in_its_folder_without_the_published_files(taken_over: Taken
     for path in (folder / "model.json", folder / "results.jsonl"):
         path.unlink()
     out = well(call("run.py", "--run_dir", folder))
-    assert out.count("already finished from the same inputs") == 3  # experts, aggregator, student
+    assert out.count("already finished from the same inputs") == 4  # experts, aggregator, student, and ranges: of equal weights
     assert out.count("already stored") == 2
     assert weights(folder) == weights(taken_over.folder)
     assert [row["domains"] for row in rows(folder)] == [row["domains"] for row in rows(taken_over.folder)]

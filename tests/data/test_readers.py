@@ -228,7 +228,7 @@ for batch in read_ahead(lambda step: torch.full((9,), step), range(10**9), proce
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(("how", "group"), [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_readers_end_with_the_process_that_asks_them(how: signal.Signals, group: bool) -> None:
+def test_readers_end_with_the_process_that_asks_them(interruptible: None, how: signal.Signals, group: bool) -> None:
     program = subprocess.Popen(
         [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
