@@ -225,16 +225,16 @@ def _way_out(error: Exception) -> str | None:
         return f"{error.filename or 'a file'}: cannot be written: {error.strerror}: make room, the same command goes on"
     if isinstance(error, OSError) and error.filename:
         return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        told = " ".join(str(error).split())[:120] or "no more to be had"
-        return (
-            f"the machine's memory is too small ({told}): smaller images, networks or batch_size of the stage that was at work help"
-        )
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        told = " ".join(str(error).split())[:120]
+    import torch
+
+    from dmoe.memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    told = " ".join(str(error).split())[:120] or "no more to be had"
+    if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is too small ({told}): a smaller batch_size of the stage that was at work, or --gpu -1, helps"
-    return None
+    return f"the machine's memory is too small ({told}): smaller images, networks or batch_size of the stage that was at work help"
 
 
 def _text(path: Path | None) -> str | None:

@@ -33,8 +33,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not get memory, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    """Whether there was no memory to be had, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # on a CPU it has no class of its own
     )
 
