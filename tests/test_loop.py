@@ -23,6 +23,7 @@ from dmoe.randomness import generator
 from dmoe.run_folder import Stage
 
 STEPS, EVALUATE_EVERY, CHECKPOINT_EVERY = 13, 4, 3
+Describe = Callable[[int], str] | None
 
 
 class CutOffError(Exception):
@@ -82,7 +83,7 @@ class Training:
         trainee = Trainee(modules={"body": self.body, "head": self.head}, optimizers=self.adams)
         return {name: tensor.clone() for name, tensor in trainee.weights().items()}
 
-    def run(self, *, evaluate: bool = True) -> Progress:
+    def run(self, *, evaluate: bool = True, checkpoint_every: int = CHECKPOINT_EVERY, describe: Describe = None) -> Progress:
         return loop.run(
             stage=self.stage,
             trainee=Trainee(modules={"body": self.body, "head": self.head}, optimizers=self.adams),
@@ -91,7 +92,8 @@ class Training:
             start=self.start,
             evaluate=self.evaluate if evaluate else None,
             evaluate_every=EVALUATE_EVERY,
-            checkpoint_every=CHECKPOINT_EVERY,
+            checkpoint_every=checkpoint_every,
+            describe=describe,
         )
 
 
@@ -344,16 +346,9 @@ class Stumbling(Training):
             return {"loss": math.nan, "skipped": 1.0}
         return super().step(number)
 
-    def run(self, *, evaluate: bool = True) -> Progress:
-        return loop.run(
-            stage=self.stage,
-            trainee=Trainee(modules={"body": self.body, "head": self.head}, optimizers=self.adams),
-            step=self.step,
-            steps=STEPS,
-            start=self.start,
-            checkpoint_every=1,
-            describe=lambda number: f"domain 3: image {number}",
-        )
+    def run(self, *, evaluate: bool = False, checkpoint_every: int = 1, describe: Describe = None) -> Progress:
+        describe = describe or (lambda number: f"domain 3: image {number}")
+        return super().run(evaluate=evaluate, checkpoint_every=checkpoint_every, describe=describe)
 
 
 def test_skipped_steps_are_counted_and_the_first_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
