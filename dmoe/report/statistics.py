@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 
 DRAWS = 20_000
 SEED = 2022
@@ -73,7 +73,7 @@ def half_width(values: Sequence[float]) -> float | None:
     found = spread(values)
     if found is None or found.deviation is None:
         return None
-    return float(stats.t.ppf((1 + LEVEL) / 2, found.count - 1)) * found.deviation / math.sqrt(found.count)
+    return float(stdtrit(found.count - 1, (1 + LEVEL) / 2)) * found.deviation / math.sqrt(found.count)
 
 
 def paired_difference(differences: np.ndarray, *, draws: int = DRAWS) -> Difference | None:
@@ -127,4 +127,4 @@ def tail_of(differences: np.ndarray) -> float | None:
         return None
     freedom = variance**2 / sum(share**2 / (count - 1) for share, count in parts)
     narrowed = sum(share * (count - 1) / count for share, count in parts)
-    return float(stats.norm.cdf(-stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(variance / narrowed)))
+    return float(ndtr(-stdtrit(freedom, (1 + LEVEL) / 2) * math.sqrt(variance / narrowed)))
