@@ -115,6 +115,7 @@ class Comparison:
         """The method with the best mean that is no part of ours. It is picked by the numbers that are shown, to its advantage."""
         return next((method for method in self.methods if method not in NO_RIVALS), None)
 
+    @cached_property
     def lines(self) -> list[Line]:
         """The main table."""
         baseline = self._at(self.main, self.baseline)
@@ -306,10 +307,10 @@ def unit_of(results: Results) -> Unit:
 def headline(comparison: Comparison) -> list[str]:
     """What the numbers say, in a sentence or a few."""
     unit, ours = unit_of(comparison.results), comparison.ours
-    line = next((line for line in comparison.lines() if line.name == ours), None)
+    line = next((line for line in comparison.lines if line.name == ours), None)
     where = f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset}, {counted(len(comparison.seeds), 'seed')}"
     if line is None or line.mean is None:
-        best = comparison.lines()[0]
+        best = comparison.lines[0]
         return [f"{best.name} is best on {where}: {unit.metric} {_with_unit(unit, best.mean)}."]
     unseen = where.replace("domain", f"{comparison.results.tests[0].split} domain", 1)
     said = [f"{ours} reaches {unit.metric} {_with_unit(unit, line.mean)} on {unseen}."]

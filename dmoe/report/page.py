@@ -118,7 +118,7 @@ def build(folder: Path) -> str:
 
 
 def methods_section(comparison: Comparison, unit: Unit) -> Section:
-    lines, baseline = comparison.lines(), comparison.baseline
+    lines, baseline = comparison.lines, comparison.baseline
     costs = [name for name in COSTS if any(name in line.cost for line in lines)]
     head = ["method", f"mean {unit.name}", f"worst domain, {unit.name}"]
     compared = baseline is not None and any(line.difference for line in lines)
@@ -145,7 +145,7 @@ def support_section(comparison: Comparison, unit: Unit) -> Section:
     names = [str(name) for name in dict.fromkeys(ranked)][:LINES_SHOWN]
     styles = {name: OURS if name == ours else number + 2 for number, name in enumerate(name for name in names if name != ours)}
     styles |= {ours: OURS} if ours in names else {}
-    known = next((line.mean for line in comparison.lines() if line.name == baseline), None)
+    known = next((line.mean for line in comparison.lines if line.name == baseline), None)
     levels = {f"{baseline} at {comparison.main.support_size}": (known.mean, BASELINE)} if baseline and known else {}
     series = [
         svg.Series(name, [(size, one.mean, one.deviation) for size, one in curves[name].items()], styles[name]) for name in names
@@ -202,7 +202,7 @@ def domains_section(comparison: Comparison, unit: Unit) -> Section:
 
 
 def ablations_section(comparison: Comparison, unit: Unit) -> Section:
-    whole = next((line for line in comparison.lines() if line.name == comparison.ours), None)
+    whole = next((line for line in comparison.lines if line.name == comparison.ours), None)
     tables = []
     for group, lines in comparison.ablations().items():
         head = ["setting", f"mean {unit.name}", f"worst domain, {unit.name}", f"difference to {comparison.ours} (95 % interval)"]
@@ -305,7 +305,7 @@ def notes_section(comparison: Comparison) -> Section:
     text = [
         f"Protocol of the tables unless they say otherwise: {describe(comparison.main)}.",
         f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) on {counted(len(comparison.domains), 'domain')} of the split "
-        f"“{results.split}”. All seeds share the data and its domains; a seed changes weights, batches and episodes.",
+        f"“{results.tests[0].split}”. All seeds share the data and its domains; a seed changes weights, batches and episodes.",
         WHAT_THE_INTERVAL_IS,
         "Intervals are of one comparison each; where many methods are compared, some will lie outside by chance. “The best other "
         "method” is picked by the numbers shown here, which flatters it a little.",
