@@ -13,7 +13,8 @@ from dmoe.report.statistics import Difference, Spread, half_width, paired_differ
 BASELINE = ("ERM", "ERM student")
 OURS = ("Meta-DMoE", "adapted")
 BEFORE = ("Meta-DMoE before adapting", "before adapting")
-NO_RIVALS = {*OURS, *BEFORE, "Meta-DMoE, target of zeros", "oracle: told the domain"}
+ORACLE = "oracle: told the domain"
+NO_RIVALS = {*OURS, *BEFORE, "Meta-DMoE, target of zeros", ORACLE}
 """Parts of ours, and what is told more than the others: not among "the best other method"."""
 
 TEST_TIME = ("ERM, batch statistics", "ERM, mixed statistics", "TENT", "SHOT-IM", "T3A", "MEMO", "LAME", "EATA", "SAR")
@@ -86,9 +87,9 @@ class Comparison:
 
     @cached_property
     def methods(self) -> list[str]:
-        """Those of the table, best first."""
+        """Those of the table, best first; the oracle, which is no rival, last."""
         found = dict.fromkeys(row.method for row in self.results.tests if row.protocol == self.main)
-        return sorted(found, key=lambda method: -self._mean(method))
+        return sorted(found, key=lambda method: (method == ORACLE, -self._mean(method)))
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -232,8 +233,13 @@ def difference_of(rows: Sequence[Row], others: Sequence[Row]) -> Difference | No
 
 def protocol_text(protocol: Protocol) -> str:
     """In a few words, all of it."""
+    return f"{protocol.name}, {details(protocol)}"
+
+
+def details(protocol: Protocol) -> str:
+    """What there is to say of it beside its name."""
     scored = "" if protocol.score_support else ", support not scored"
-    return f"{protocol.name}, {protocol.support_size} images{scored}, predicted {protocol.predict} the update"
+    return f"{protocol.support_size} images{scored}, predicted {protocol.predict} the update"
 
 
 def describe(protocol: Protocol) -> str:
@@ -308,12 +314,12 @@ def headline(comparison: Comparison) -> list[str]:
     """What the numbers say, in a sentence or a few."""
     unit, ours = unit_of(comparison.results), comparison.ours
     line = next((line for line in comparison.lines if line.name == ours), None)
-    where = f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset}, {counted(len(comparison.seeds), 'seed')}"
+    where = f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset} ({counted(len(comparison.seeds), 'seed')})"
     if line is None or line.mean is None:
         best = comparison.lines[0]
-        return [f"{best.name} is best on {where}: {unit.metric} {_with_unit(unit, best.mean)}."]
+        return [f"{best.name} is best on {where}: {_with_unit(unit, best.mean)}."]
     unseen = where.replace("domain", f"{comparison.results.tests[0].split} domain", 1)
-    said = [f"{ours} reaches {unit.metric} {_with_unit(unit, line.mean)} on {unseen}."]
+    said = [f"{ours} reaches {_with_unit(unit, line.mean)} on {unseen}."]
     baseline, other = comparison.baseline, comparison.best_other
     to_baseline, to_other = comparison.ours_to(baseline), comparison.ours_to(other)
     if baseline is not None and to_baseline is not None:
@@ -355,4 +361,4 @@ def _verdict(unit: Unit, difference: Difference) -> str:
 
 
 def _with_unit(unit: Unit, value: Spread | None) -> str:
-    return f"{unit.spread(value)}{' %' if unit.percent else ''}"
+    return f"{unit.spread(value)} % {unit.metric}" if unit.percent else f"{unit.metric} = {unit.spread(value)}"

@@ -11,13 +11,14 @@ from markupsafe import Markup
 from dmoe.report import svg
 from dmoe.report.comparison import (
     GROUPS,
+    ORACLE,
     Comparison,
     Line,
     Unit,
     counted,
     describe,
+    details,
     headline,
-    is_first,
     protocol_text,
     unit_of,
 )
@@ -35,11 +36,14 @@ OURS, BASELINE, BEFORE = 0, 1, 2
 """Styles of the three that are met most."""
 
 COSTS = {
-    "training_cpu_seconds": "training, CPU s",
-    "adapt_ms": "adapting, ms",
-    "peak_mb": "memory, MB",
-    "predictions_per_second": "predictions a second",
+    "training_cpu_seconds": ("training", "CPU s"),
+    "adapt_ms": ("adapting", "ms"),
+    "peak_mb": ("memory", "MB"),
+    "predictions_per_second": ("predictions", "a second"),
 }
+"""Of each cost, what a column of it is called, and its unit."""
+
+NOTES = {ORACLE: "a bound, not a rival: it is told what the others must find out"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Table:
     """Text in cells; the first column names the rows.
 
     Attributes:
-        notes: a second, smaller line under the name of a row.
+        under: of each column, a second, smaller line under its name.
+        notes: the same of a row, by its name.
         strong: names of rows that stand out.
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    under: Sequence[str] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     strong: Sequence[str] = ()
 
@@ -120,19 +126,21 @@ def build(folder: Path) -> str:
 def methods_section(comparison: Comparison, unit: Unit) -> Section:
     lines, baseline = comparison.lines, comparison.baseline
     costs = [name for name in COSTS if any(name in line.cost for line in lines)]
-    head = ["method", f"mean {unit.name}", f"worst domain, {unit.name}"]
+    head = ["method", "mean", "worst domain"]
     compared = baseline is not None and any(line.difference for line in lines)
-    head += [f"difference to {baseline} (95 % interval)"] if compared else []
+    head += [f"difference to {baseline}"] if compared else []
+    under = ["", unit.name, unit.name, *(["95 % interval"] if compared else []), *(COSTS[name][1] for name in costs)]
     rows = []
     for line in lines:
         difference = [unit.interval(line.difference)] if compared else []
         cost = [number_text(line.cost.get(name)) for name in costs]
         rows.append([line.name, unit.spread(line.mean), unit.spread(line.worst), *difference, *cost])
-    table = Table([*head, *(COSTS[name] for name in costs)], rows, {line.name: line.paper for line in lines}, _strong(comparison))
+    notes = {line.name: line.paper or NOTES.get(line.name, "") for line in lines}
+    table = Table([*head, *(COSTS[name][0] for name in costs)], rows, under, notes, _strong(comparison))
     seeds = f"Mean ± standard deviation over {counted(len(comparison.seeds), 'seed')}" if len(comparison.seeds) > 1 else "One seed"
-    text = [f"{seeds}; best first. {protocol_text(comparison.main).capitalize()}.", is_first(comparison)]
+    text = [f"{seeds}; best first. {protocol_text(comparison.main).capitalize()}."]
     text += [] if costs else ["What the methods cost was not measured here."]
-    return Section("methods", "All methods", [part for part in text if part], tables=[("All methods", table)])
+    return Section("methods", "All methods", text, tables=[("All methods", table)])
 
 
 def support_section(comparison: Comparison, unit: Unit) -> Section:
@@ -168,8 +176,8 @@ def protocols_section(comparison: Comparison, unit: Unit) -> Section:
     title, protocols, cells = "Other ways of testing", comparison.protocols(), comparison.by_protocol()
     if not cells:
         return Section("protocols", title, [f"All numbers are by one protocol: {describe(comparison.main)}."])
-    head = ["method", *(protocol_text(protocol) for protocol in protocols)]
-    table = Table(head, [[name, *map(unit.spread, line)] for name, line in cells.items()], strong=_strong(comparison))
+    head, under = ["method", *(protocol.name for protocol in protocols)], ["", *map(details, protocols)]
+    table = Table(head, [[name, *map(unit.spread, line)] for name, line in cells.items()], under, strong=_strong(comparison))
     how = Table(["protocol", "what it is"], [[protocol_text(p), describe(p)] for p in protocols])
     text = [f"Mean {unit.name}, ± standard deviation over seeds. Numbers of different columns answer different questions."]
     return Section("protocols", title, text, tables=[("Methods by protocols", table)], folded=[("What the protocols are", how)])
@@ -205,10 +213,10 @@ def ablations_section(comparison: Comparison, unit: Unit) -> Section:
     whole = next((line for line in comparison.lines if line.name == comparison.ours), None)
     tables = []
     for group, lines in comparison.ablations().items():
-        head = ["setting", f"mean {unit.name}", f"worst domain, {unit.name}", f"difference to {comparison.ours} (95 % interval)"]
+        head = ["setting", "mean", "worst domain", f"difference to {comparison.ours}"]
         found = [*lines, Line(f"{whole.name}, as above", whole.mean, whole.worst, None, {})] if whole is not None else lines
         rows = [[one.name, unit.spread(one.mean), unit.spread(one.worst), unit.interval(one.difference)] for one in found]
-        tables.append((GROUPS.get(group, group), Table(head, rows)))
+        tables.append((GROUPS.get(group, group), Table(head, rows, ["", unit.name, unit.name, "95 % interval"])))
     return Section("ablations", "What each part is worth", ["One thing changed at a time, everything else equal."], tables=tables)
 
 
@@ -259,7 +267,7 @@ def curves_section(curves: Mapping[str, Curve], unit: Unit) -> Section:
             svg.Series(name, [(step, score, None) for step, score in sorted(curve)], number % svg.COLOURS)
             for number, (name, curve) in enumerate(stages.items())
         ]
-        name = group if len(stages) == 1 else f"{group}, {len(stages)}"
+        name = group if len(stages) == 1 else f"{group}: {len(stages)} lines"
         axes = svg.Axes("step", unit.name, unit.number, y_range=(min(scores), max(scores)))
         charts.append(Chart(svg.lines(series, axes, width=280, height=200, kind="small"), title=name))
     text = ["Score on the validation domains by training step; the weights of the best step were kept. All axes have the same range."]

@@ -14,6 +14,9 @@ LETTER = 9.0
 """Width of a letter at most, on a phone, where the style sheet makes them larger."""
 
 LONGEST_LABEL = 24
+MOST_OWN_TICKS = 5
+"""Where there are no more values of x than that, each has its tick."""
+
 
 Say = Callable[[float], str]
 
@@ -61,7 +64,7 @@ def bars(
     """
     ends = [v + sign * (half or 0) for group in groups.values() for one in group if one for v, half in [one] for sign in (-1, 1)]
     low, high, ticks = _nice(min(0.0, *ends), max(ends))  # bars begin at zero: their length is their value
-    gutter = LETTER * min(LONGEST_LABEL, max(len(name) for name in groups)) * 0.92 + 10
+    gutter = LETTER * min(LONGEST_LABEL, max(len(name) for name in groups)) + 10
     thick, top = 9.0, 34.0
     pitch = thick * len(series) + 12
     height = top + pitch * len(groups) + 8
@@ -69,7 +72,7 @@ def bars(
     def x(value: float) -> float:
         return gutter + (WIDTH - gutter - 24) * (value - low) / (high - low)
 
-    parts = [_vertical_tick(x(tick), top - 8, height - 6, say(tick)) for tick in ticks]
+    parts = [_vertical_tick(x(tick), top - 8, height - 6, _short(say(tick))) for tick in ticks]
     told = []
     for row, (name, group) in enumerate(groups.items()):
         y = top + pitch * row
@@ -94,7 +97,7 @@ def lines(series: Sequence[Series], axes: Axes, *, width: int = WIDTH, height: i
     ends = [y + sign * (half or 0) for one in series for _, y, half in one.points for sign in (-1, 1)]
     ends += [level for level, _ in axes.levels.values()]
     low, high, ticks = _nice(*(axes.y_range or (min(ends), max(ends))))
-    left, bottom, top, right = 58.0, 46.0, 26.0, 20.0
+    left, bottom, top, right = 58.0, 46.0, 32.0, 20.0
     scale: Callable[[float], float] = math.log2 if axes.log2 else float
     first, last = scale(xs[0]), scale(xs[-1])
 
@@ -107,13 +110,13 @@ def lines(series: Sequence[Series], axes: Axes, *, width: int = WIDTH, height: i
 
     parts = []
     for tick in ticks:
-        parts += [_line(left, y(tick), width - right, y(tick), "grid"), _text(left - 8, y(tick), axes.say(tick), anchor="end")]
-    shown = xs if axes.log2 else _nice(0, xs[-1])[2]
+        parts += [_line(left, y(tick), width - right, y(tick), "grid"), _text(left - 8, y(tick), _short(axes.say(tick)), anchor="end")]
+    shown = xs if axes.log2 or len(xs) <= MOST_OWN_TICKS else _nice(xs[0], xs[-1])[2]
     for tick in shown:
         if xs[0] <= tick <= xs[-1]:
             parts.append(_text(x(tick), height - bottom + 16, f"{tick:g}", anchor="middle"))
     parts.append(_text((left + width - right) / 2, height - 9, axes.x, anchor="middle", kind="title"))
-    parts.append(_text(2, 10, axes.y, anchor="start", kind="title"))
+    parts.append(_text(2, 9, axes.y, anchor="start", kind="title"))
     told = []
     for name, (level, style) in axes.levels.items():
         parts.append(_line(left, y(level), width - right, y(level), f"level s{style}"))
@@ -133,7 +136,7 @@ def lines(series: Sequence[Series], axes: Axes, *, width: int = WIDTH, height: i
 def heat_map(values: Sequence[Sequence[float]], *, rows: Sequence[str], columns: Sequence[str], label: str, say: Say) -> Markup:
     """A table of numbers as shades; each is written into its cell where there is room."""
     highest = max((value for row in values for value in row), default=0.0) or 1.0
-    gutter = LETTER * min(LONGEST_LABEL, max(len(name) for name in rows)) * 0.92 + 10
+    gutter = LETTER * min(LONGEST_LABEL, max(len(name) for name in rows)) + 10
     top, tall = 26.0, 26.0
     wide = (WIDTH - gutter - 4) / len(columns)
     height = top + tall * len(rows) + 4
@@ -147,7 +150,7 @@ def heat_map(values: Sequence[Sequence[float]], *, rows: Sequence[str], columns:
             cell = '<rect class="heat" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.3f}"/>'
             parts.append(Markup(cell).format(x, y, wide - 1.5, tall - 1.5, 0.04 + 0.96 * share**2))
             if wide > 30:
-                kind = "dark" if share**2 > 0.5 else "light"
+                kind = "dark" if share**2 > 0.6 else "light"
                 parts.append(_text(x + wide / 2, y + tall / 2, say(value), anchor="middle", kind=kind))
     told = [f"{name}: {', '.join(map(say, line))}" for name, line in zip(rows, values, strict=True)]
     return _figure(height, parts, f"Heat map of {label}, columns {', '.join(columns)}. {'; '.join(told)}.")
@@ -202,6 +205,10 @@ def _rectangle(x: float, y: float, width: float, height: float, kind: str) -> Ma
 
 def _vertical_tick(x: float, top: float, bottom: float, text: str) -> Markup:
     return _line(x, top, x, bottom, "grid") + _text(x, 12, text, anchor="middle")
+
+
+def _short(tick: str) -> str:
+    return tick.removesuffix(".0")
 
 
 def _with_half(one: tuple[float, float | None], say: Say) -> str:
