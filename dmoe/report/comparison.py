@@ -76,14 +76,17 @@ class Comparison:
 
     @cached_property
     def main(self) -> Protocol:
-        """The protocol of the table: per domain, support scored, with the support size that most methods were tested with."""
+        """The protocol of the table: per domain, support scored, with the support size that most methods were tested with, or of
+        several such sizes the one that most other tests have too."""
         per_domain = [row for row in self.results.tests if row.protocol.name == "per domain" and row.protocol.predict == "after"]
         protocols = dict.fromkeys(row.protocol for row in per_domain or self.results.tests)
 
-        def methods(protocol: Protocol) -> tuple[bool, int]:
-            return protocol.score_support, len({row.method for row in self.results.tests if row.protocol == protocol})
+        def weight(protocol: Protocol) -> tuple[bool, int, int]:
+            methods = {row.method for row in self.results.tests if row.protocol == protocol}
+            alike = [row for row in self.results.tests if row.protocol.support_size == protocol.support_size]
+            return protocol.score_support, len(methods), len(alike)
 
-        return max(protocols, key=methods)
+        return max(protocols, key=weight)
 
     @cached_property
     def methods(self) -> list[str]:
@@ -319,7 +322,7 @@ def headline(comparison: Comparison) -> list[str]:
         best = comparison.lines[0]
         return [f"{best.name} is best on {where}: {_with_unit(unit, best.mean)}."]
     unseen = where.replace("domain", f"{comparison.results.tests[0].split} domain", 1)
-    said = [f"{ours} reaches {_with_unit(unit, line.mean)} on {unseen}."]
+    said = [f"{'The adapted student' if ours == 'adapted' else ours} reaches {_with_unit(unit, line.mean)} on {unseen}."]
     baseline, other = comparison.baseline, comparison.best_other
     to_baseline, to_other = comparison.ours_to(baseline), comparison.ours_to(other)
     if baseline is not None and to_baseline is not None:

@@ -19,9 +19,10 @@ from dmoe.models.student import Student
 from dmoe.report.shown import LARGEST_EDGE, MOST_EXAMPLES, curves_of
 from dmoe.stages import Run, load_finished
 
-DOMAINS_SHOWN = 8
-LOOKED_AT = 500
-"""Images of a domain among which examples are sought, and over which attention is averaged."""
+DOMAINS_WITH_EXAMPLES = 8
+DOMAINS_SHOWN = 30
+LOOKED_AT = 256
+"""Images of a domain among which examples are sought, and over which attention is averaged; the support images at least."""
 
 MOST_DOMAINS_NAMED = 6
 """Source domains in the name of an expert; of the others the number is told."""
@@ -39,14 +40,15 @@ def gather(run: Run, *, split: str = "target") -> dict[str, Any]:
     plain = _plain_student(run)
     attention, examples = [], []
     domains = run.dataset.splits[split]
-    shown = set(spread_out(list(domains.members), DOMAINS_SHOWN))
-    each = MOST_EXAMPLES // len(shown)
-    for domain, members in domains.members.items():
-        images = domains.images(members[:LOOKED_AT])
-        weights = attention_to_experts(adapter, images)
+    shown = spread_out(list(domains.members), DOMAINS_SHOWN)
+    with_examples = spread_out(shown, DOMAINS_WITH_EXAMPLES)
+    each = MOST_EXAMPLES // len(with_examples)
+    for domain in shown:
+        images = domains.images(domains.members[domain][: max(LOOKED_AT, run.config.support_size)])
+        weights = attention_to_experts(adapter, images, batch_size=run.config.evaluation.batch_size)
         if weights is not None:
             attention.append((domains.domain_names[domain], weights))
-        if domain in shown and run.dataset.task.kind != "regression":  # values are neither right nor wrong
+        if domain in with_examples and run.dataset.task.kind != "regression":  # values are neither right nor wrong
             examples += list(_examples(run, domains, domain, images, plain, adapter, count=each))
     return {
         "attention": {
@@ -61,7 +63,7 @@ def gather(run: Run, *, split: str = "target") -> dict[str, Any]:
     }
 
 
-def attention_to_experts(adapter: Adapter, images: Tensor) -> list[float] | None:
+def attention_to_experts(adapter: Adapter, images: Tensor, *, batch_size: int) -> list[float] | None:
     """Which share of the aggregator's attention falls on each expert, for images ``[B, C, H, W]``; None: it has none.
 
     The mean over images, heads, blocks and the tokens that ask; the shares add up to 1.
@@ -69,7 +71,7 @@ def attention_to_experts(adapter: Adapter, images: Tensor) -> list[float] | None
     aggregator = adapter._aggregator
     if not isinstance(aggregator, Aggregator):
         return None
-    tokens = adapter._experts(images.to(adapter.student.device))
+    tokens = torch.cat([adapter._experts(part.to(adapter.student.device)) for part in images.split(batch_size)])
     found: list[float] = aggregator.attention(tokens).mean(dim=(0, 1, 2, 3)).tolist()
     return found
 

@@ -43,6 +43,12 @@ COSTS = {
 }
 """Of each cost, what a column of it is called, and its unit."""
 
+WHAT_ERM_IS = {
+    "ERM": "“ERM” is plain supervised training, for as long as all training of Meta-DMoE together.",
+    "ERM student": "“ERM student” is the plain student that meta-training starts from: it was trained for less time than the adapted "
+    "one. A comparison has an ERM of equal cost.",
+}
+
 NOTES = {ORACLE: "a bound, not a rival: it is told what the others must find out"}
 
 
@@ -119,7 +125,7 @@ def build(folder: Path) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # our own file
-    title = f"{comparison.ours or 'Methods'} on {dataset}"
+    title = f"{'Meta-DMoE' if comparison.ours else 'Methods'} on {dataset}"
     return environment.get_template("page.html").render(title=title, said=headline(comparison), sections=sections, style=style)
 
 
@@ -314,6 +320,7 @@ def notes_section(comparison: Comparison) -> Section:
         f"Protocol of the tables unless they say otherwise: {describe(comparison.main)}.",
         f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) on {counted(len(comparison.domains), 'domain')} of the split "
         f"“{results.tests[0].split}”. All seeds share the data and its domains; a seed changes weights, batches and episodes.",
+        *([WHAT_ERM_IS[comparison.baseline]] if comparison.baseline else []),
         WHAT_THE_INTERVAL_IS,
         "Intervals are of one comparison each; where many methods are compared, some will lie outside by chance. “The best other "
         "method” is picked by the numbers shown here, which flatters it a little.",

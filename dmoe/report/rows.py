@@ -105,7 +105,7 @@ def read_results(path: Path) -> Results:
             else:
                 row = _row(facts)
                 tests[row.kind, row.group, row.setting, row.method, row.dataset, row.split, row.seed, row.protocol] = row
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             fault = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: damaged, no result ({fault}): mend it, or delete it to make it again") from None
     return _of_one_dataset(path, list(tests.values()), list(trials.values()))
@@ -139,7 +139,7 @@ def _row(facts: Mapping[str, Any]) -> Row:
     """A row of a comparison, or one that :func:`dmoe.testing.result_row` made, which is of the protocol ``per domain``.
 
     Raises:
-        KeyError, TypeError, ValueError, OverflowError: it is neither.
+        AttributeError, KeyError, TypeError, ValueError, OverflowError: it is neither.
     """
     kind = facts.get("kind", "test")
     if kind not in ("test", "ablation"):

@@ -113,9 +113,9 @@ def curves_of(run: Path) -> dict[str, Curve]:
 
 
 def config_text(run: Path) -> str | None:
-    """The configuration of a run as it was written; None where there is none."""
+    """The configuration of a run as it was written; None where there is none. A link might lead to what is not to be shown."""
     path = run / "config.yaml"
-    return text_of(path, way="run.py makes it") if path.exists() else None
+    return text_of(path, way="run.py makes it") if path.exists() and not path.is_symlink() else None
 
 
 def _attention(facts: Mapping[str, Any]) -> Attention:

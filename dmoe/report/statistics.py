@@ -16,6 +16,9 @@ LEVEL = 0.95
 AT_ONCE = 2_000
 """Draws in memory at a time."""
 
+ROUNDING = 1e-12
+"""What varies by less than that part of itself does not vary."""
+
 WHAT_THE_INTERVAL_IS = (
     "Differences are paired: method minus method on the same domain with the same seed, averaged. The 95 % interval is a bootstrap "
     f"over both: {DRAWS:,} times, seeds and domains are each drawn anew with replacement, and the differences are averaged over "
@@ -123,7 +126,7 @@ def tail_of(differences: np.ndarray) -> float | None:
         if len(means) > 1:
             parts.append((float(means.var(ddof=1)) / len(means), len(means)))
     variance = sum(share for share, _ in parts)
-    if variance <= 0:
+    if variance <= (ROUNDING * float(np.nanmax(np.abs(differences)))) ** 2:
         return None
     freedom = variance**2 / sum(share**2 / (count - 1) for share, count in parts)
     narrowed = sum(share * (count - 1) / count for share, count in parts)
