@@ -139,7 +139,7 @@ class Comparison:
         """The mean by support size, of methods that were tested with several."""
         found: dict[str, dict[int, Spread]] = {}
         for method in dict.fromkeys(row.method for row in self.results.tests):
-            sizes = {row.protocol.support_size for row in self.results.tests if row.method == method}
+            sizes = {row.protocol.support_size for row in self.results.tests if row.method == method} - {0}
             protocols = [Protocol(self.main.name, size, self.main.score_support) for size in sorted(sizes)]
             known = {protocol.support_size: means(self._at(protocol, method)) for protocol in protocols}
             curve = {size: one for size, one in known.items() if one is not None}

@@ -158,6 +158,7 @@ def _small_png(text: Any) -> str:
     from PIL import Image
 
     try:
+        Image.open(io.BytesIO(content), formats=("PNG",)).verify()  # sums; loading minds only what it needs
         Image.open(io.BytesIO(content), formats=("PNG",)).load()
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"an image is damaged: {error}") from None
