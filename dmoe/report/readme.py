@@ -79,7 +79,7 @@ def _of_dataset(comparison: Comparison) -> str:
         _protocols(comparison, unit),
         _ablations(comparison, unit),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part).replace("<", "&lt;") + "\n"  # names come from files
 
 
 def _methods(comparison: Comparison, unit: Unit) -> str:
@@ -132,5 +132,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, strong: str | 
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
