@@ -78,6 +78,7 @@ class Aggregator(nn.Module):
         """The attention weights of every block, ``[depth, B, heads, N, N]``: of each token (second last), to each (last)."""
         weights = []
         for block in self.blocks:
+            assert isinstance(block, Block)
             weights.append(block.weights(tokens))
             tokens = block(tokens)
         return torch.stack(weights)

@@ -20,6 +20,9 @@ NO_RIVALS = {*OURS, *BEFORE, "Meta-DMoE, target of zeros", ORACLE}
 TEST_TIME = ("ERM, batch statistics", "ERM, mixed statistics", "TENT", "SHOT-IM", "T3A", "MEMO", "LAME", "EATA", "SAR")
 """Methods that adapt a trained network at test time."""
 
+MISSING = "\N{EN DASH}"
+"""What a table has where a number is not known."""
+
 STREAMS = {
     "per domain": "one model a domain, adapted once to its first images; all of its images predicted",
     "per batch": "every batch adapted to from the source model",
@@ -177,7 +180,9 @@ class Comparison:
         found = []
         for method in dict.fromkeys(trial.method for trial in self.results.trials):
             trials = [trial for trial in self.results.trials if trial.method == method]
-            scores = [(settings, spread(_scores(trials, settings))) for settings in dict.fromkeys(trial.settings for trial in trials)]
+            scores = [
+                (settings, spread(_scores(trials, settings))) for settings in dict.fromkeys(trial.settings for trial in trials)
+            ]
             scores.sort(key=lambda one: -one[1].mean if one[1] else np.inf)
             tested = [row.settings for row in self._at(self.main, method) if row.settings]
             found.append(Tried(method, trials[0].split, scores, tested[0] if tested else scores[0][0]))
@@ -296,14 +301,14 @@ class Unit:
 
     def spread(self, value: Spread | None) -> str:
         if value is None:
-            return "–"
+            return MISSING
         deviation = "" if value.deviation is None else f" ± {self.number(value.deviation)}"
         return f"{self.number(value.mean)}{deviation}"
 
     def interval(self, value: Difference | None) -> str:
         """``+6.2 (+5.6 to +6.8)``."""
         if value is None:
-            return "–"
+            return MISSING
         if value.low is None or value.high is None:
             return self.signed(value.mean)
         return f"{self.signed(value.mean)} ({self.signed(value.low)} to {self.signed(value.high)})"
@@ -317,7 +322,9 @@ def headline(comparison: Comparison) -> list[str]:
     """What the numbers say, in a sentence or a few."""
     unit, ours = unit_of(comparison.results), comparison.ours
     line = next((line for line in comparison.lines if line.name == ours), None)
-    where = f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset} ({counted(len(comparison.seeds), 'seed')})"
+    where = (
+        f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset} ({counted(len(comparison.seeds), 'seed')})"
+    )
     if line is None or line.mean is None:
         best = comparison.lines[0]
         return [f"{best.name} is best on {where}: {_with_unit(unit, best.mean)}."]

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from dmoe.report import svg
 from dmoe.report.comparison import (
     GROUPS,
+    MISSING,
     ORACLE,
     Comparison,
     Line,
@@ -45,8 +46,8 @@ COSTS = {
 
 WHAT_ERM_IS = {
     "ERM": "“ERM” is plain supervised training, for as long as all training of Meta-DMoE together.",
-    "ERM student": "“ERM student” is the plain student that meta-training starts from: it was trained for less time than the adapted "
-    "one. A comparison has an ERM of equal cost.",
+    "ERM student": "“ERM student” is the plain student that meta-training starts from: it was trained for less time than the "
+    "adapted one. A comparison has an ERM of equal cost.",
 }
 
 NOTES = {ORACLE: "a bound, not a rival: it is told what the others must find out"}
@@ -172,7 +173,10 @@ def support_section(comparison: Comparison, unit: Unit) -> Section:
     sizes = sorted({size for curve in curves.values() for size in curve})
     rows = [[name, *(unit.spread(curve.get(size)) for size in sizes)] for name, curve in curves.items()]
     table = Table(["method", *(str(size) for size in sizes)], rows, strong=_strong(comparison))
-    text = [f"Mean {unit.name} over {counted(len(comparison.domains), 'domain')}; bars: standard deviation over seeds. The axis is logarithmic."]
+    text = [
+        f"Mean {unit.name} over {counted(len(comparison.domains), 'domain')}; bars: standard deviation over seeds. "
+        "The axis is logarithmic."
+    ]
     left = len([name for name in curves if name != baseline]) - len(names)
     text += [f"{counted(left, 'more method')} in the table only."] if left else []
     return Section("support", title, text, [Chart(svg.lines(series, axes), legend)], folded=[("The same as a table", table)])
@@ -236,8 +240,8 @@ def attention_section(attention: Attention | None) -> Section:
     picture = svg.heat_map(values, rows=rows, columns=columns, label=label, say=lambda value: f"{100 * value:.0f}")
     even = 100 / len(columns)
     text = [
-        "Share of the attention that falls on each expert (columns), in percent, for images of each target domain (rows); mean over "
-        f"images, heads, blocks and asking tokens. Even attention would be {even:.0f} everywhere."
+        "Share of the attention that falls on each expert (columns), in percent, for images of each target domain (rows); mean "
+        f"over images, heads, blocks and asking tokens. Even attention would be {even:.0f} everywhere."
     ]
     learned = Table(["expert", "learned from"], [[number, name] for number, name in zip(columns, attention.experts, strict=True)])
     return Section("attention", title, text, [Chart(picture)], folded=[("What each expert learned from", learned)])
@@ -251,8 +255,8 @@ def examples_section(evidence: Evidence, comparison: Comparison) -> Section:
     for one in evidence.examples:
         by_domain.setdefault(one.domain, []).append(one)
     text = [
-        "Under each image what the plain student says → what the adapted one says, ✓ right or ✗ wrong. Half of the images of a domain "
-        "are the first whose verdict changed, for better or worse; the others are the first that did not change."
+        "Under each image what the plain student says → what the adapted one says, ✓ right or ✗ wrong. Half of the images of a "
+        "domain are the first whose verdict changed, for better or worse; the others are the first that did not change."
     ]
     return Section("examples", title, text, examples=by_domain)
 
@@ -276,21 +280,28 @@ def curves_section(curves: Mapping[str, Curve], unit: Unit) -> Section:
         name = group if len(stages) == 1 else f"{group}: {len(stages)} lines"
         axes = svg.Axes("step", unit.name, unit.number, y_range=(min(scores), max(scores)))
         charts.append(Chart(svg.lines(series, axes, width=280, height=200, kind="small"), title=name))
-    text = ["Score on the validation domains by training step; the weights of the best step were kept. All axes have the same range."]
+    text = [
+        "Score on the validation domains by training step; the weights of the best step were kept. All axes have the same range."
+    ]
     return Section("training", title, text, charts)
 
 
 def trials_section(comparison: Comparison, unit: Unit) -> Section:
     title, tried = "Settings that were tried", comparison.trials()
     if not tried:
-        return Section("trials", title, ["No trials of settings are recorded here: every method ran with the settings it was given."])
+        return Section(
+            "trials", title, ["No trials of settings are recorded here: every method ran with the settings it was given."]
+        )
     head = ["method", "settings tried", "chosen", f"its mean {unit.name} there"]
     rows = []
     for one in tried:
         score = dict(one.scores).get(one.chosen)
         rows.append([one.method, str(len(one.scores)), one.chosen, unit.spread(score)])
     folded = [
-        (f"{one.method}: all {len(one.scores)}", Table(["settings", f"mean {unit.name}"], [[s, unit.spread(v)] for s, v in one.scores]))
+        (
+            f"{one.method}: all {len(one.scores)}",
+            Table(["settings", f"mean {unit.name}"], [[s, unit.spread(v)] for s, v in one.scores]),
+        )
         for one in tried
     ]
     splits = ", ".join(dict.fromkeys(one.split for one in tried))
@@ -308,7 +319,12 @@ def published_section(dataset: str) -> Section:
     shown = []
     for one in tables:
         note = f" {one['note']}" if one["note"] else ""
-        shown.append((f"{one['title']}. Published, not run here. Source: {one['source']}.{note}", Table(["method", *one["columns"]], one["rows"])))
+        shown.append(
+            (
+                f"{one['title']}. Published, not run here. Source: {one['source']}.{note}",
+                Table(["method", *one["columns"]], one["rows"]),
+            )
+        )
     return Section("published", title, text, tables=shown)
 
 
@@ -318,14 +334,16 @@ def notes_section(comparison: Comparison) -> Section:
     choices = ", ".join(f"{method} {count}" for method, count in tried.items())
     text = [
         f"Protocol of the tables unless they say otherwise: {describe(comparison.main)}.",
-        f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) on {counted(len(comparison.domains), 'domain')} of the split "
-        f"“{results.tests[0].split}”. All seeds share the data and its domains; a seed changes weights, batches and episodes.",
+        f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) on {counted(len(comparison.domains), 'domain')} of the "
+        f"split “{results.tests[0].split}”. All seeds share the data and the domains; a seed changes weights and batches.",
         *([WHAT_ERM_IS[comparison.baseline]] if comparison.baseline else []),
         WHAT_THE_INTERVAL_IS,
         "Intervals are of one comparison each; where many methods are compared, some will lie outside by chance. “The best other "
         "method” is picked by the numbers shown here, which flatters it a little.",
         "“Worst domain” is that of each seed, then averaged.",
-        f"Settings tried, by method: {choices}. Methods not named ran with one." if tried else "No search for settings is recorded.",
+        f"Settings tried, by method: {choices}. Methods not named ran with one."
+        if tried
+        else "No search for settings is recorded.",
     ]
     return Section("notes", "How to read this", text)
 
@@ -352,18 +370,18 @@ def made_of_section(comparison: Comparison, config: str | None) -> Section:
 def number_text(value: float | None) -> str:
     """Three digits that say something."""
     if value is None:
-        return "–"
+        return MISSING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _value(one: tuple[float, float | None] | None, unit: Unit) -> str:
     if one is None:
-        return "–"
+        return MISSING
     return unit.number(one[0]) if one[1] is None else f"{unit.number(one[0])} ± {unit.number(one[1])}"
 
 
 def _difference(one: tuple[float, float | None] | None, other: tuple[float, float | None] | None, unit: Unit) -> str:
-    return "–" if one is None or other is None else unit.signed(one[0] - other[0])
+    return MISSING if one is None or other is None else unit.signed(one[0] - other[0])
 
 
 def _strong(comparison: Comparison) -> list[str]:

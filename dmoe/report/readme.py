@@ -49,7 +49,7 @@ def section_of(readme: str, *, where: str) -> str | None:
         return None
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise UserError(f"{where}: must have the lines {BEGIN!r} and {END!r} once each, in this order")
-    return readme.split(BEGIN)[1].split(END)[0]
+    return readme.partition(BEGIN)[2].partition(END)[0]
 
 
 def with_section(readme: str, section: str, *, where: str) -> str:

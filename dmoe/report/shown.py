@@ -1,4 +1,4 @@
-"""What a page shows beside numbers: ``evidence.json``, and what lies in the run folders. All of it is checked before it is shown."""
+"""What a page shows beside numbers: ``evidence.json``, and what lies in run folders. It is checked before it is shown."""
 
 import base64
 import binascii

@@ -1,6 +1,7 @@
 """A headless Chromium, spoken to over a pair of pipes; no package is needed for that."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -38,22 +39,17 @@ class Browser:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
-
-        def place_pipes() -> None:  # Chromium reads from 3 and writes to 4
-            first, second = os.dup(to_read), os.dup(to_write)
-            os.dup2(first, 3)
-            os.dup2(second, 4)
-
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, to_write)]
+        place_pipes = f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}'  # where Chromium reads and writes
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"],
-            preexec_fn=place_pipes,
-            close_fds=False,
+            ["bash", "-c", place_pipes, "bash", program, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"],
+            pass_fds=theirs,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(to_read)
-        os.close(to_write)
+        for end in (to_read, to_write, *theirs):
+            os.close(end)
         self._number, self._rest = 0, b""
         pages = [one for one in self._send("Target.getTargets")["targetInfos"] if one["type"] == "page"]
         target = pages[0]["targetId"] if pages else self._send("Target.createTarget", url="about:blank")["targetId"]

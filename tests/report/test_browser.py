@@ -62,7 +62,7 @@ def test_every_picture_is_there(browser: Browser, page: Path) -> None:
     sizes = browser.evaluate("Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.naturalHeight])))")
     assert sizes == [[14, 14]] * 48
     charts = browser.evaluate(
-        "[...document.querySelectorAll('svg[role=img]')].map(c => { const b = c.getBoundingClientRect(); return [b.width, b.height]; })"
+        "[...document.querySelectorAll('svg[role=img]')].map(c => c.getBoundingClientRect()).map(b => [b.width, b.height])"
     )
     assert len(charts) == 7
     assert all(width > 100 and height > 100 for width, height in charts)
@@ -78,7 +78,9 @@ def test_the_table_on_the_screen_is_that_of_the_rows(browser: Browser, page: Pat
     for method, mean, worst, *_ in shown:
         for cell, key in ((mean, "mean"), (worst, "worst")):
             values = [100 * row[key] for row in kept if row["method"] == method]
-            assert [float(part) for part in cell.split(" ± ")] == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=0.051)
+            assert [float(part) for part in cell.split(" ± ")] == pytest.approx(
+                [np.mean(values), np.std(values, ddof=1)], abs=0.051
+            )
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
@@ -91,7 +93,9 @@ def test_only_tables_scroll_sideways(browser: Browser, page: Path, width: int) -
         && one.getBoundingClientRect().right > {width} + 0.5).map(one => one.outerHTML.slice(0, 100))"""
     assert browser.evaluate(beyond) == []
     if width == 360:
-        scrolls = "(t => [getComputedStyle(t).overflowX, t.scrollWidth > t.clientWidth])(document.querySelector('#methods .scroll'))"
+        scrolls = (
+            "(t => [getComputedStyle(t).overflowX, t.scrollWidth > t.clientWidth])(document.querySelector('#methods .scroll'))"
+        )
         assert browser.evaluate(scrolls) == ["auto", True]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_comparison import ABLATIONS, MEANS, SIZES, SUPPORT, plain_rows, rows, write_rows
 
-from dmoe.report.comparison import Comparison, Unit, headline, is_first, unit_of
+from dmoe.report.comparison import MISSING, Comparison, Unit, headline, is_first, unit_of
 from dmoe.report.rows import Protocol, read_results
 from dmoe.report.statistics import Difference, Spread
 
@@ -160,12 +160,14 @@ def test_a_plain_run_has_its_own_names(tmp_path: Path) -> None:
 
 def test_without_ours_the_best_is_told(made: list[dict[str, Any]], tmp_path: Path) -> None:
     found = of([*values(made, "ERM"), *values(made, "TENT")], tmp_path)
-    assert headline(found) == [f"ERM is best on 16 domains of digits (5 seeds): {unit_of(found.results).spread(found.lines[0].mean)} % accuracy."]
+    assert headline(found) == [
+        f"ERM is best on 16 domains of digits (5 seeds): {unit_of(found.results).spread(found.lines[0].mean)} % accuracy."
+    ]
 
 
 def test_fractions_are_percent_and_values_are_not() -> None:
     difference = Difference(-0.012, -0.02, 0.001, pairs=4)
     assert Unit("accuracy", percent=True).spread(Spread(0.8768, 0.0123, 5)) == "87.7 ± 1.2"
     assert Unit("r", percent=False).spread(Spread(0.8768, None, 1)) == "0.877"
-    assert Unit("accuracy", percent=True).interval(difference) == "−1.2 (−2.0 to +0.1)"
-    assert Unit("r", percent=False).interval(None) == "–"
+    assert Unit("accuracy", percent=True).interval(difference) == "-1.2 (-2.0 to +0.1)".replace("-", "\N{MINUS SIGN}")
+    assert Unit("r", percent=False).interval(None) == MISSING

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import EXPERTS, SMALL, finish, start
 from torch import Tensor, nn
 
 from dmoe.adaptation import Adapter
@@ -21,6 +20,7 @@ from dmoe.report.evidence import attention_to_experts, chosen, gather, png_of, s
 from dmoe.report.page import build
 from dmoe.report.shown import LARGEST_EDGE, curves_of, read_evidence
 from dmoe.testing import _finished_run
+from tests.bad_input.doors import make_pictures, make_run
 
 
 def adapter(aggregator: nn.Module, experts: int = 3) -> Adapter:
@@ -115,25 +115,27 @@ def test_large_images_are_made_small() -> None:
 
 @pytest.mark.slow
 def test_a_finished_run_has_evidence_that_its_page_takes(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    finish(start("run.py", folder, *SMALL))
+    folder, pictures = tmp_path / "run", tmp_path / "pictures"
+    make_pictures(pictures)
+    make_run(folder, pictures)
     run = open_run(parser("", epilog="").parse_args(["--run_dir", str(folder), "--gpu", "-1", "--threads", "1"]), claim=False)
     facts = gather(run)
     (folder / "evidence.json").write_text(json.dumps(facts))
-    found, names = read_evidence(folder / "evidence.json"), run.dataset.splits["target"].domain_names
+    found, target = read_evidence(folder / "evidence.json"), run.dataset.splits["target"]
     assert found.attention is not None
-    assert list(found.attention.domains) == list(names.values())
-    assert len(found.attention.experts) == EXPERTS
-    assert [sum(row) for row in found.attention.weights] == pytest.approx([1.0] * len(names), abs=1e-4)
+    assert (list(found.attention.domains), len(found.attention.experts)) == (["sketch"], 2)
+    assert [sum(row) for row in found.attention.weights] == pytest.approx([1.0], abs=1e-4)
     assert found.curves == curves_of(folder)
-    assert len(found.examples) == 48
-    trained, target = _finished_run(run), run.dataset.splits["target"]
+    assert {"experts/expert_00", "experts/expert_01", "student", "meta"} <= set(found.curves or {})
+    assert len(found.examples) == len(target) == 8
+    trained, images = _finished_run(run), target.images(torch.arange(8))
     assert trained.plain is not None
-    one = found.examples[0]
-    members = next(target.members[domain] for domain, name in names.items() if name == one.domain)
-    images = target.images(members[:256])
-    place = next(n for n, image in enumerate(images) if png_of(image, run.dataset.transform) == one.image)
-    guesses = trained.plain.logits(images).argmax(1), trained.adapter.adapt(images[: run.config.support_size]).logits(images).argmax(1)
-    assert one.truth == str(int(target.labels[members[place]]))
-    assert (one.before, one.after) == tuple(str(int(guess[place])) for guess in guesses)
-    assert build(folder).count("data:image/png;base64,") == 48
+    students = trained.plain, trained.adapter.adapt(images[: run.config.support_size])
+    names = run.dataset.class_names
+    before, after = ([names[int(guess)] for guess in student.logits(images).argmax(1)] for student in students)
+    expected = [
+        (png_of(image, run.dataset.transform), names[int(truth)], one, other)
+        for image, truth, one, other in zip(images, target.labels, before, after, strict=True)
+    ]
+    assert sorted((one.image, one.truth, one.before, one.after) for one in found.examples) == sorted(expected)
+    assert build(folder).count("data:image/png;base64,") == 8

@@ -15,6 +15,7 @@ from pages import Element, read, section, table
 
 from dmoe.errors import UserError
 from dmoe.report.__main__ import main
+from dmoe.report.comparison import MISSING
 from dmoe.report.page import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,9 @@ def test_the_table_read_back_says_what_the_rows_say(folder: Path, page: Element)
         kept = [r for r in kept if r["support_size"] == SUPPORT and r["score_support"] and r["predict"] == "after"]
         for cell, key in zip(cells, ("mean", "worst"), strict=False):
             values = [100 * row[key] for row in kept]
-            assert [float(part) for part in cell.split(" ± ")] == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=0.051)
+            assert [float(part) for part in cell.split(" ± ")] == pytest.approx(
+                [np.mean(values), np.std(values, ddof=1)], abs=0.051
+            )
 
 
 def test_all_sections_are_there_and_in_the_contents(page: Element) -> None:
@@ -58,7 +61,9 @@ def test_every_figure_says_in_words_what_it_shows_with_its_numbers(folder: Path,
     charts = [one for one in page.all("svg") if one.attributes.get("role") == "img"]
     assert len(charts) == 3 + 4
     assert all(one.attributes.get("aria-hidden") == "true" for one in page.all("svg") if one not in charts)
-    said = {name: section(page, name).all("svg", role="img")[0].attributes["aria-label"] for name in ("support", "domains", "attention")}
+    said = {
+        name: section(page, name).all("svg", role="img")[0].attributes["aria-label"] for name in ("support", "domains", "attention")
+    }
     for name in ("support", "domains"):
         for row, cells in table(section(page, name).all("details")[0])[1].items():
             drawn = cells[:3] if name == "domains" else cells
@@ -80,7 +85,9 @@ def test_examples_have_a_mark_beside_the_colour_and_say_in_words_what_they_are(f
     for figure, one in zip(figures, examples, strict=True):
         marks = [("✓" if one[when] == one["truth"] else "✗") for when in ("before", "after")]
         said = figure.all("figcaption")[0].all("span")
-        assert [span.text for span in said] == [f"{one[when]}\u202f{mark}" for when, mark in zip(("before", "after"), marks, strict=True)]
+        assert [span.text for span in said] == [
+            f"{one[when]}\u202f{mark}" for when, mark in zip(("before", "after"), marks, strict=True)
+        ]
         assert [span.attributes["class"] for span in said] == [{"✓": "right", "✗": "wrong"}[mark] for mark in marks]
         (image,) = figure.all("img")
         assert image.attributes["src"] == f"data:image/png;base64,{one['image']}"
@@ -208,7 +215,7 @@ def test_any_numbers_can_be_drawn(tmp_path: Path, value: float) -> None:
 def test_domains_and_means_may_be_unknown(tmp_path: Path) -> None:
     made = [{**row, "domains": {"a": {"accuracy": None}}, "mean": None, "worst": None} for row in plain_rows()]
     page = read(build(write_rows(tmp_path, made)))
-    assert table(section(page, "methods"))[1]["adapted"] == ["–", "–"]
+    assert table(section(page, "methods"))[1]["adapted"] == [MISSING, MISSING]
     assert read(build(write_rows(tmp_path, [{**row, "domains": {}} for row in made])))
 
 
@@ -225,7 +232,12 @@ def test_a_folder_without_results_is_one_line_and_status_2_and_torch_is_not_need
     code = "import sys\nfrom dmoe.report.__main__ import main\nmain(sys.argv[1:])\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "full")], cwd=ROOT, check=True, capture_output=True, timeout=60)
     ended = subprocess.run(
-        [sys.executable, "-m", "dmoe.report", str(tmp_path / "none")], cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "dmoe.report", str(tmp_path / "none")],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ended.returncode == 2
     assert re.fullmatch(r"error: .*none/results\.jsonl: cannot be read: No such file or directory: run\.py .*\n", ended.stderr)

@@ -75,7 +75,11 @@ def test_damaged_evidence_is_told(tmp_path: Path, facts: Any) -> None:
 
 
 def test_curves_are_those_of_stages_that_were_judged(tmp_path: Path) -> None:
-    for stage, figures in {"meta": {"scores": [[5, 0.5]]}, "experts/expert_00": {"scores": [[1, 0.1]]}, "tokens/source": {}}.items():
+    for stage, figures in {
+        "meta": {"scores": [[5, 0.5]]},
+        "experts/expert_00": {"scores": [[1, 0.1]]},
+        "tokens/source": {},
+    }.items():
         (tmp_path / stage).mkdir(parents=True)
         (tmp_path / stage / "manifest.json").write_text(json.dumps({"figures": figures}))
     assert curves_of(tmp_path) == {"experts/expert_00": [(1.0, 0.1)], "meta": [(5.0, 0.5)]}

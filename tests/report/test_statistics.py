@@ -26,7 +26,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
 
 def test_the_bootstrap_varies_as_seeds_and_domains_do() -> None:
-    """Differences of seeds plus differences of domains: the variance of the mean over what is drawn is the sum of two known ones."""
+    """Where differences are of seeds plus of domains, the variance of the mean over what is drawn is a sum of two known ones."""
     seeds, domains = np.array([0.0, 1.0, 4.0]), np.array([0.0, 2.0, 3.0, 7.0, 9.0])
     means = bootstrap_means(seeds[:, None] + domains[None], draws=200_000)
     assert means.mean() == pytest.approx(seeds.mean() + domains.mean(), abs=0.02)
