@@ -363,7 +363,7 @@ def _verdict(unit: Unit, difference: Difference) -> str:
     size = f"{unit.number(abs(difference.mean))}{unit.of_differences}"
     way = "above" if difference.mean > 0 else "below"
     if difference.low is None or difference.high is None:
-        return f"That is {size} {way}"
+        return f"That is {size} {way}" if difference.mean else "That is level with"
     interval = f"95 % interval {unit.signed(difference.low)} to {unit.signed(difference.high)}"
     if not difference.is_clear:
         return f"With {unit.signed(difference.mean)}{unit.of_differences} ({interval}) it cannot be told apart from"

@@ -61,6 +61,7 @@ class Table:
         under: of each column, a second, smaller line under its name.
         notes: the same of a row, by its name.
         strong: names of rows that stand out.
+        source: where the numbers come from, where they are not ours.
     """
 
     head: Sequence[str]
@@ -68,6 +69,7 @@ class Table:
     under: Sequence[str] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     strong: Sequence[str] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def methods_section(comparison: Comparison, unit: Unit) -> Section:
         difference = [unit.interval(line.difference)] if compared else []
         cost = [number_text(line.cost.get(name)) for name in costs]
         rows.append([line.name, unit.spread(line.mean), unit.spread(line.worst), *difference, *cost])
-    notes = {line.name: line.paper or NOTES.get(line.name, "") for line in lines}
+    notes = {line.name: NOTES.get(line.name, line.paper) for line in lines}
     table = Table([*head, *(COSTS[name][0] for name in costs)], rows, under, notes, _strong(comparison))
     seeds = f"Mean ± standard deviation over {counted(len(comparison.seeds), 'seed')}" if len(comparison.seeds) > 1 else "One seed"
     text = [f"{seeds}; best first. {protocol_text(comparison.main).capitalize()}."]
@@ -318,13 +320,8 @@ def published_section(dataset: str) -> Section:
     text = ["Published, not run here: other networks, other budgets, other machines. They are not comparable line by line."]
     shown = []
     for one in tables:
-        note = f" {one['note']}" if one["note"] else ""
-        shown.append(
-            (
-                f"{one['title']}. Published, not run here. Source: {one['source']}.{note}",
-                Table(["method", *one["columns"]], one["rows"]),
-            )
-        )
+        source = f"Published, not run here: {one['source']}. {one['note']}".strip()
+        shown.append((one["title"], Table(["method", *one["columns"]], one["rows"], source=source)))
     return Section("published", title, text, tables=shown)
 
 

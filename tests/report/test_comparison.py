@@ -150,6 +150,11 @@ def test_where_ours_is_worse_it_is_said(made: list[dict[str, Any]], tmp_path: Pa
     assert "is not first:" in is_first(found)
 
 
+def test_where_nothing_differs_it_is_said(made: list[dict[str, Any]], tmp_path: Path) -> None:
+    same = [{**row, "method": "Meta-DMoE"} for row in values(made, "ERM")]
+    assert headline(of([*values(made, "ERM"), *same], tmp_path))[1] == "That is level with ERM, also the best other method."
+
+
 def test_a_plain_run_has_its_own_names(tmp_path: Path) -> None:
     found = of(plain_rows(), tmp_path)
     assert (found.baseline, found.before, found.ours) == ("ERM student", "before adapting", "adapted")

@@ -144,8 +144,9 @@ def test_published_numbers_are_those_of_the_same_data_set_and_marked(tmp_path: P
     made = [{**row, "dataset": "camelyon"} for row in plain_rows()]
     part = section(read(build(write_rows(tmp_path, made))), "published")
     assert table(part)[1]["Meta-DMoE"] == ["91.4 (1.5)"]
-    assert "Published, not run here" in part.all("h3")[0].text
-    assert "arXiv 2210.03885" in part.all("h3")[0].text
+    source = part.all("p", class_="source")[0].text
+    assert "Published, not run here" in source
+    assert "arXiv 2210.03885" in source
     assert "77.2" not in part.text
 
 
