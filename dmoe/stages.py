@@ -38,6 +38,7 @@ from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, build_network, in_layout
+from dmoe.protocols import Protocol
 from dmoe.published import PublishedFolder, TrainingStage
 from dmoe.randomness import Key, seed_of
 from dmoe.run_folder import RunFolder, Stage
@@ -112,22 +113,23 @@ class Run:
     def expert_stage(self, number: int) -> Stage:
         return self.folder.expert(number, self.facts("experts", expert=number))
 
-    def evaluate(self, method: Method | WithTokens, split: str, **protocol: Any) -> Evaluation:
-        """A method on a split by the run's protocol, or parts of another."""
-        return self.evaluate_all({"": method}, split, **protocol)[""]
+    @property
+    def protocol(self) -> Protocol:
+        """How the run is tested."""
+        return Protocol(self.config.support_size, score_support=self.config.evaluation.score_support)
 
-    def evaluate_all(self, methods: Mapping[str, Method | WithTokens], split: str, **protocol: Any) -> dict[str, Evaluation]:
-        """Several methods on the same images."""
-        settings = self.config.evaluation
-        chosen = {
-            "support_size": self.config.support_size,
-            "batch_size": settings.batch_size,
-            "score_support": settings.score_support,
-            "workers": self.workers,
-            "world": self.world,
-            **protocol,
-        }
-        return evaluate_all(methods, self.dataset, split, **chosen)
+    def evaluate(self, method: Method | WithTokens, split: str, protocol: Protocol) -> Evaluation:
+        """A method on a split."""
+        return self.evaluate_all({"": method}, split, protocol)[""]
+
+    def evaluate_all(
+        self, methods: Mapping[str, Method | WithTokens], split: str, protocol: Protocol, *, name: str | None = None
+    ) -> dict[str, Evaluation]:
+        """Several methods on the same images; ``name`` is that of a progress bar."""
+        size = self.config.evaluation.batch_size
+        return evaluate_all(
+            methods, self.dataset, split, protocol, batch_size=size, workers=self.workers, name=name, world=self.world
+        )
 
     def train_network(
         self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Report | None = None
