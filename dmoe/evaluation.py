@@ -18,9 +18,12 @@ from dmoe.models.student import Student
 
 
 class Method(Protocol):
-    """Anything that turns unlabeled images of a domain ``[B, C, H, W]`` into a student for that domain."""
+    """Anything that turns unlabeled images of a domain ``[B, C, H, W]`` into a student for that domain.
 
-    def adapt(self, images: Tensor) -> Student: ...
+    ``start`` is a student that the method returned before, to go on from; None: the one that every domain starts from.
+    """
+
+    def adapt(self, images: Tensor, *, start: Student | None = None) -> Student: ...
 
 
 class ByTokens(Protocol):
