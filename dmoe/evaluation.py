@@ -20,21 +20,14 @@ from dmoe.protocols import Protocol
 class Method(typing.Protocol):
     """Anything that turns unlabeled images of a domain ``[B, C, H, W]`` into a student for that domain.
 
-    Adapting changes nothing else. It begins with ``start``, a student that the method returned earlier, or with ``student``.
-
-    Attributes:
-        student: the source model.
+    Adapting changes nothing else. It begins with ``start``, a student that the method returned earlier, or with the source model.
     """
-
-    student: Student
 
     def adapt(self, images: Tensor, *, start: Student | None = None) -> Student: ...
 
 
 class ByTokens(typing.Protocol):
     """A method that need not ask the experts where it is told the tokens ``[B, N, D]`` of the images."""
-
-    student: Student
 
     def adapt(self, images: Tensor, *, tokens: Tensor | None = None, start: Student | None = None) -> Student: ...
 
@@ -145,7 +138,7 @@ def evaluate_all(
             for method, student in students.items():
                 if student.diagnosis.ranges and protocol.kind == "per domain":
                     diagnoses[method][int(images.domains[visit.predicted[0][0]])] = student.diagnosis
-            asked = (before or _sources(methods)) if protocol.predict == "before" else students
+            asked = before if before and protocol.predict == "before" else students
             for index in visit.predicted:
                 batch = unlabeled if index is visit.support else next(batches)
                 for method, student in asked.items():
@@ -155,10 +148,6 @@ def evaluate_all(
         for method, found in others.items():
             diagnoses[method] |= found
     return {method: judged(dataset, split, predictions[method], scored, diagnoses[method]) for method in methods}
-
-
-def _sources(methods: Mapping[str, Method | WithTokens]) -> dict[str, Student]:
-    return {name: (each.method if isinstance(each, WithTokens) else each).student for name, each in methods.items()}
 
 
 def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor, start: Student | None) -> Student:

@@ -37,7 +37,7 @@ class Protocol:
         support_size: images adapted to at a time; a domain with fewer is adapted to with those it has.
         kind: see :data:`Kind`.
         score_support: whether the images adapted to count in the metrics; in batches they do in any case.
-        predict: continual only; before: a batch is predicted by the model that only the batches before it were adapted to.
+        predict: continual only; before: a batch is predicted by what the batches before it have left; the first, by its own.
         support_from: per domain only; another domain to take the support images from, by domain: a control.
         images: how many of each domain, its first ones, go into batches; None: all. The others are neither predicted nor scored.
     """

@@ -50,8 +50,6 @@ class Guess:
 class Recorder:
     """A method that remembers what it was given."""
 
-    student: Student
-
     def __init__(self) -> None:
         self.supports: list[list[int]] = []
 
