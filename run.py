@@ -101,7 +101,9 @@ def read_options() -> argparse.Namespace:
     made.add_argument("--load_pretrained_aggregator", action="store_true", help="use the pretrained aggregator that is there")
     made.add_argument("--load_pretrained_student", action="store_true", help="use the pretrained student that is there")
     made.add_argument("--test", action="store_true", help="evaluate a finished run, train nothing")
-    made.add_argument("--compare", action="store_true", help="do it for several seeds, and test beside it what one would try instead")
+    made.add_argument(
+        "--compare", action="store_true", help="do it for several seeds, and test beside it what one would try instead"
+    )
     made.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="S", help="of --compare (default: 1)")
     made.add_argument("--processes", type=int, default=2, metavar="P", help="of --compare, at once (default: 2)")
     made.add_argument("--split", default="target", metavar="SPLIT", help="what --test evaluates on: target, validation, ...")

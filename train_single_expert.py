@@ -1,7 +1,5 @@
 """One expert of one data set, for any scheduler to start on any GPU. It is written into the run folder that run.py uses."""
 
-import argparse
-
 from dmoe.command_line import open_run, parser, run_main
 
 EPILOG = """example, one line a GPU, then the rest:

@@ -12,9 +12,10 @@ from dmoe.errors import UserError
 from dmoe.randomness import generator
 
 Kind = Literal["per domain", "per batch", "continual", "mixed batches", "skewed batches"]
-"""per domain: adapt once on the domain's first images, then predict all of it (the paper's). The others cut all images into batches,
-each of which is adapted to and predicted: per batch, always from the source model; continual, from where the batch before left, through
-one domain after the other, and never reset; mixed, batches of all domains together; skewed, batches of a domain sorted by class."""
+"""per domain: adapt once on the domain's first images, then predict all of it (the paper's). The others cut all images into
+batches, each of which is adapted to and predicted: per batch, always from the source model; continual, from where the batch before
+left, through one domain after the other, and never reset; mixed batches, of all domains together; skewed batches, of a domain
+sorted by class; these two from the source model too."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -96,13 +96,19 @@ def test_skewed_batches_are_of_one_domain_and_sorted_by_class() -> None:
 def test_only_the_first_images_of_a_domain_may_go_into_batches() -> None:
     protocol = Protocol(2, "per batch", images=3)
     assert batches(protocol) == [[[1, 4]], [[7]], [[0, 2]], [[3]], [[5]]]
-    assert {domain: index.tolist() for domain, index in protocol.scored(Numbered()).items()} == {2: [1, 4, 7], 7: [0, 2, 3], 30: [5]}
+    assert {domain: index.tolist() for domain, index in protocol.scored(Numbered()).items()} == {
+        2: [1, 4, 7],
+        7: [0, 2, 3],
+        30: [5],
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_predicted_is_what_is_scored(kind: str) -> None:
     protocol = Protocol(2, kind)  # type: ignore[arg-type]
-    predicted = [image for chain in protocol.chains(Numbered(), 3) for visit in chain for batch in visit.predicted for image in batch]
+    predicted = [
+        image for chain in protocol.chains(Numbered(), 3) for visit in chain for batch in visit.predicted for image in batch
+    ]
     scored = [image for counted in protocol.scored(Numbered()).values() for image in counted]
     assert sorted(map(int, predicted)) == sorted(map(int, scored)) == list(range(10))
 

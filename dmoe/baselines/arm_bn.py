@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmoe.baselines.arm import Arm
 from dmoe.baselines.batch_statistics import BatchStatistics
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply
 from dmoe.models.copying import private_copy
 from dmoe.models.networks import Network
 from dmoe.models.student import Student
@@ -24,7 +24,7 @@ class ArmBn(Arm):
     def __init__(self, network: Network, *, task: Task) -> None:
         """
         Raises:
-            UserError: the network has no batch-norm layer.
+            DoesNotApply: the network has no batch-norm layer.
         """
         super().__init__()
         self.network, self._task = network, task
@@ -34,7 +34,7 @@ class ArmBn(Arm):
                 self._norms.append(_SupportNorm(module))
                 twin.set_submodule(name, self._norms[-1])
         if not self._norms:
-            raise UserError("ARM-BN: the network has no batch-norm layer to adapt: choose another backbone")
+            raise DoesNotApply("ARM-BN: the network has no batch-norm layer to adapt: choose another backbone")
         self._twin = (twin,)  # in a tuple, so that tensors which it shares with the network are not counted twice
 
     def query_logits(self, support: Tensor, query: Sequence[Tensor]) -> Tensor:
@@ -56,7 +56,7 @@ class ArmBn(Arm):
 
 
 class _SupportNorm(nn.Module):
-    """Normalises the first batch by its own statistics, as in training, and others by what would then be running statistics."""
+    """Normalises the first batch by its own statistics, as in training, and others by the same ones."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _SupportNorm(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         if self.taken is None:
-            self.taken = torch.var_mean(values, dim=[0, *range(2, values.ndim)])
+            self.taken = torch.var_mean(values, dim=[0, *range(2, values.ndim)], correction=0)
             return F.batch_norm(values, None, None, self.weight, self.bias, training=True, eps=self.eps)
         variance, mean = self.taken
         scale = (variance + self.eps).rsqrt() * (1.0 if self.weight is None else self.weight)

@@ -83,7 +83,7 @@ class Eata:
             fisher_weight: of the penalty.
 
         Raises:
-            UserError: a regression, or a network without layers of normalisation.
+            DoesNotApply: a regression, or a network without layers of normalisation.
         """
         require_classes("EATA", student.task)
         self._student, self._names = student, norm_parameters("EATA", student.features)

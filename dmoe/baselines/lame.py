@@ -73,7 +73,7 @@ class Lame:
     def __init__(self, student: Student, *, affinity: Affinity = "knn", neighbours: int = 5) -> None:
         """
         Raises:
-            UserError: a regression.
+            DoesNotApply: a regression.
         """
         require_classes("LAME", student.task)
         self._student, self._affinity, self._neighbours = student, affinity, neighbours

@@ -104,7 +104,7 @@ class Memo:
             seed: of the movements.
 
         Raises:
-            UserError: a regression.
+            DoesNotApply: a regression.
         """
         require_classes("MEMO", student.task)
         self._student = Certain(student, movements=random_movements(augmentations, seed=seed), lr=lr, steps=steps)

@@ -62,7 +62,7 @@ class Sar:
             recovery: in nats.
 
         Raises:
-            UserError: a regression, or a network without layers of normalisation.
+            DoesNotApply: a regression, or a network without layers of normalisation.
         """
         require_classes("SAR", student.task)
         self._student, self._names = student, norm_parameters("SAR", student.features)

@@ -6,7 +6,7 @@ Notation: B images, K classes (2 for a binary task).
 import torch
 from torch import Tensor, nn
 
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply
 from dmoe.models.copying import private_copy
 from dmoe.tasks import Task
 
@@ -17,10 +17,10 @@ NORMS = (BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.Grou
 def require_classes(method: str, task: Task) -> None:
     """
     Raises:
-        UserError: the task is a regression.
+        DoesNotApply: the task is a regression.
     """
     if task.kind == "regression":
-        raise UserError(f"{method}: needs classes; this task is a regression: leave this method out")
+        raise DoesNotApply(f"{method}: needs classes; this task is a regression: leave this method out")
 
 
 def class_logits(logits: Tensor, task: Task) -> Tensor:
@@ -43,12 +43,14 @@ def norm_parameters(method: str, features: nn.Module) -> list[str]:
     """The names of weights and biases of all layers of normalisation.
 
     Raises:
-        UserError: there are none.
+        DoesNotApply: there are none.
     """
     layers = [(prefix, layer) for prefix, layer in features.named_modules() if isinstance(layer, NORMS)]
     names = [f"{prefix}.{name}".lstrip(".") for prefix, layer in layers for name, _ in layer.named_parameters(recurse=False)]
     if not names:
-        raise UserError(f"{method}: adapts layers of normalisation, and this network has none with weights: leave this method out")
+        raise DoesNotApply(
+            f"{method}: adapts layers of normalisation, and this network has none with weights: leave this method out"
+        )
     return names
 
 

@@ -28,7 +28,7 @@ class ShotIm:
     def __init__(self, student: Student, *, lr: float = 1e-3, steps: int = 15) -> None:
         """
         Raises:
-            UserError: a regression.
+            DoesNotApply: a regression.
         """
         require_classes("SHOT-IM", student.task)
         self._student, self._lr, self._steps = student, lr, steps

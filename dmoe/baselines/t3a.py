@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.baselines.shared import class_logits, entropies, require_classes, task_logits
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply
 from dmoe.models.student import Student
 
 
@@ -62,11 +62,11 @@ class T3a:
             supports_per_class: M, how many are kept of each class.
 
         Raises:
-            UserError: a regression, or a head that is not one linear layer.
+            DoesNotApply: a regression, or a head that is not one linear layer.
         """
         require_classes("T3A", student.task)
         if not isinstance(student.head, nn.Linear):
-            raise UserError(f"T3A: replaces a linear head; this one is a {type(student.head).__name__}: leave this method out")
+            raise DoesNotApply(f"T3A: replaces a linear head; this one is a {type(student.head).__name__}: leave this method out")
         self._student, self._kept = student, supports_per_class
         weight = student.head.weight.detach()
         rows = torch.cat([-weight, weight]) if student.task.kind == "binary" else weight

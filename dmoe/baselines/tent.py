@@ -21,7 +21,7 @@ class Tent:
     def __init__(self, student: Student, *, lr: float = 1e-3, steps: int = 1, optimizer: Optimizer = "adam") -> None:
         """
         Raises:
-            UserError: a regression, or a network without layers of normalisation.
+            DoesNotApply: a regression, or a network without layers of normalisation.
         """
         require_classes("TENT", student.task)
         self._student, self._names = student, norm_parameters("TENT", student.features)

@@ -1,6 +1,5 @@
 """One method of a comparison on one seed; ``run.py --compare`` starts it for all of them."""
 
-import argparse
 from pathlib import Path
 
 from dmoe.command_line import open_run, parser, run_main

@@ -1,6 +1,7 @@
 """All methods on several seeds, by several processes; and what they found, in one file.
 
-A comparison folder holds a run folder ``seed_N`` for each seed, ``logs``, ``results.jsonl`` and what the report shows beside numbers.
+A comparison folder holds a run folder ``seed_N`` for each seed, ``logs``, ``results.jsonl``, and in ``evidence.json`` what the
+report shows beside numbers.
 """
 
 import json

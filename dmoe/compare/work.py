@@ -1,4 +1,4 @@
-"""One method of a comparison on one seed: settings chosen on validation domains, then tested on the target domains by every protocol."""
+"""One method of a comparison on one seed: settings are chosen on validation domains, then it is tested by every protocol."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ from dmoe.artifacts import read_json, written_whole
 from dmoe.compare.candidates import CANDIDATES, Candidate, Settings, Trial
 from dmoe.config import CompareConfig, Duration
 from dmoe.console import say
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Evaluation, Method, judged
 from dmoe.memory import peak_bytes
 from dmoe.protocols import Protocol
@@ -62,9 +62,7 @@ def compare_one(run: Run, key: str, *, chosen_by: RunFolder) -> None:
         began = time.process_time()
         try:
             rows, choice = _compared(run, stage, key, candidate, chosen_by)
-        except UserError as error:
-            if not candidate.may_not_fit:
-                raise
+        except DoesNotApply as error:
             say(f"{stage.name}: left out: {error}")
             rows, choice = [], Choice({}, 0)
         with written_whole(stage.folder / ROWS) as beside:
@@ -76,26 +74,37 @@ def compare_one(run: Run, key: str, *, chosen_by: RunFolder) -> None:
 
 def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by: RunFolder) -> tuple[list[dict[str, Any]], Choice]:
     trial = Trial(candidate.seen(run), stage)
+    already = sum(seconds_of(run, name) for name in candidate.beside)
     rows: list[dict[str, Any]] = []
     if run.folder.path.resolve() == chosen_by.path.resolve():
-        choice, trials = choose(trial, candidate)
+        choice, trials = choose(trial, candidate, already=already)
         rows += [_row(run, candidate, "trial") | facts for facts in trials]
     else:
         choice = _choice_of(chosen_by, key)
     final = replace(trial, name="full", duration=Duration(choice.steps, "steps"))
     method = candidate.make(final, choice.settings)
-    cost = {"training_cpu_seconds": round(final.training_seconds or budget(run), 1), **costs(trial.run, method)}
+    trained = budget(run) if final.training_seconds is None else final.training_seconds + already
+    cost = {"training_cpu_seconds": round(trained, 1), **costs(trial.run, method)}
     for protocol, evaluation in tested(trial.run, method, candidate, run.config.compare):
-        rows.append(_row(run, candidate, "test") | _test_facts(run, protocol, evaluation) | {"settings": dict(choice.settings), "cost": cost})
+        rows.append(
+            _row(run, candidate, "test")
+            | _test_facts(run, protocol, evaluation)
+            | {"settings": dict(choice.settings), "cost": cost}
+        )
     return rows, choice
 
 
-def choose(trial: Trial, candidate: Candidate) -> tuple[Choice, list[dict[str, Any]]]:
-    """The settings that score best on the validation domains, by the main protocol, and all that were tried."""
+def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choice, list[dict[str, Any]]]:
+    """The settings that score best on the validation domains, by the main protocol, and all that were tried.
+
+    Args:
+        already: CPU seconds of training that the method goes on from.
+    """
     run, config = trial.run, trial.run.config.compare
-    seconds = trial.run.config.compare.trial_share * budget(run)
-    steps = max(1, round(seconds / seconds_a_step(run.student_stage)))
-    found, paces = [], []
+    student = read_json(run.folder.path / "student" / "manifest.json")["figures"]
+    steps = max(1, round(config.trial_share * budget(run) * student["step"] / student["cpu_seconds"]))
+    found: list[dict[str, Any]] = []
+    paces: list[float] = []
     for number, settings in enumerate(candidate.tried[: config.trials]):
         one = replace(trial, name=f"trial_{number}", duration=Duration(steps, "steps"))
         method = candidate.make(one, settings)
@@ -104,8 +113,8 @@ def choose(trial: Trial, candidate: Candidate) -> tuple[Choice, list[dict[str, A
         say(f"{trial.stage.name}: {json.dumps(dict(settings))}: {score:.4f} on validation")
         if one.training_seconds is not None:
             paces.append(one.training_seconds / steps)
-    best = max(found, key=lambda facts: facts["score"])
-    full = round(budget(run) / statistics.median(paces)) if paces else 0
+    best = max(found, key=lambda facts: float(facts["score"]))
+    full = max(1, round((budget(run) - already) / statistics.median(paces))) if paces else 0
     return Choice(best["settings"], full), found
 
 
@@ -147,21 +156,20 @@ def protocols(run: Run) -> list[Protocol]:
     found += [replace(batches, kind=kind) for kind in ("per batch", "continual", "mixed batches", "skewed batches")]
     found += [replace(batches, kind="continual", predict="before")]
     fits = max(len(members) for members in split.members.values())
-    return [protocol for protocol in found if protocol.score_support or protocol.kind != "per domain" or fits > protocol.support_size]
+    return [
+        protocol for protocol in found if protocol.score_support or protocol.kind != "per domain" or fits > protocol.support_size
+    ]
 
 
 def budget(run: Run) -> float:
-    """CPU seconds of all stages of a run together."""
-    total = 0.0
-    for stage in ("experts", "tokens", "aggregator", "student", "meta"):
-        for manifest in sorted((run.folder.path / stage).glob("**/manifest.json")):
-            total += float(read_json(manifest)["figures"]["cpu_seconds"])
-    return total
+    """CPU seconds of all stages of a run together: what each method may be trained for."""
+    return sum(seconds_of(run, stage) for stage in ("experts", "tokens", "aggregator", "student", "meta"))
 
 
-def seconds_a_step(stage: Stage) -> float:
-    figures = read_json(stage.manifest)["figures"]
-    return float(figures["cpu_seconds"]) / max(1, int(figures["step"]))
+def seconds_of(run: Run, stage: str) -> float:
+    """CPU seconds of a stage, by its manifest, or the manifests in it."""
+    manifests = sorted((run.folder.path / stage).glob("**/manifest.json"))
+    return sum(float(read_json(manifest)["figures"]["cpu_seconds"]) for manifest in manifests)
 
 
 def costs(run: Run, method: Method) -> dict[str, float]:

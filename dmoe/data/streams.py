@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmoe.data.base import DomainSplit
 from dmoe.data.readers import read_ahead
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply, UserError
 from dmoe.randomness import Key, generator, seed_of
 
 Batch = TypeVar("Batch")
@@ -116,7 +116,7 @@ class DomainBatches(_Batches):
         self._domains = min(domains, len(self._members))
         self._each = batch_size // max(1, self._domains)
         if self._domains < 2:
-            raise UserError("domains: batches are to compare source domains, and there is one only")
+            raise DoesNotApply("domains: batches are to compare source domains, and there is one only")
         if self._each < 2:
             raise UserError(f"batch_size: must be at least {2 * self._domains}, two images of each domain, got {batch_size}")
         self.steps_per_epoch = max(1, len(members) // (self._domains * self._each))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmoe.data.base import DomainDataset, DomainSplit
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply
 
 
 class ToldDomain(DomainSplit):
@@ -37,13 +37,13 @@ def told_domain(dataset: DomainDataset) -> DomainDataset:
     """The data set with all its images told their domain; pictures from elsewhere are not.
 
     Raises:
-        UserError: nothing is known of its domains.
+        DoesNotApply: nothing is known of its domains.
     """
     splits: dict[str, DomainSplit] = {}
     told = 0
     for name, split in dataset.splits.items():
         if split.descriptors is None:
-            raise UserError(f"{dataset.name}: no numbers are known that describe its domains: an oracle cannot be told them")
+            raise DoesNotApply(f"{dataset.name}: no numbers are known that describe its domains: an oracle cannot be told them")
         splits[name] = ToldDomain(split, split.descriptors)
         told = len(next(iter(split.descriptors.values())))
     return replace(dataset.with_more_channels(told), splits=splits, fingerprint=f"{dataset.fingerprint}, told the domain")

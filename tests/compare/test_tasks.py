@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,9 @@ def test_a_task_starts_when_what_it_needs_has_ended(tmp_path: Path) -> None:
 
 def test_no_more_run_at_once_than_were_allowed(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "abc"]
-    run_tasks(
-        {path.name: Task(note(path, "", seconds=0.1)) for path in paths}, at_once=1, logs=tmp_path / "logs", name="test"
-    )
+    run_tasks({path.name: Task(note(path, "", seconds=0.1)) for path in paths}, at_once=1, logs=tmp_path / "logs", name="test")
     spans = sorted(map(span, paths))
-    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
 def test_a_failure_leaves_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
