@@ -26,6 +26,12 @@ class Block(nn.Module):
         mixed: Tensor = tokens + self.perceptron(self.perceptron_norm(tokens))
         return mixed
 
+    def weights(self, tokens: Tensor) -> Tensor:
+        """How much of each token goes into each other, by head: ``[B, heads, N, N]``, each row sums to 1."""
+        x = self.attention_norm(tokens)
+        weights: Tensor = self.attention(x, x, x, need_weights=True, average_attn_weights=False)[1]
+        return weights
+
 
 class Aggregator(nn.Module):
     """Tokens to target feature. There is no positional embedding: the experts are a set.
@@ -67,6 +73,14 @@ class Aggregator(nn.Module):
         """Logits ``[B, K]``, for pretraining."""
         logits: Tensor = self.head(self.pooled(tokens))
         return logits
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """The attention weights of every block, ``[depth, B, heads, N, N]``: of each token (second last), to each (last)."""
+        weights = []
+        for block in self.blocks:
+            weights.append(block.weights(tokens))
+            tokens = block(tokens)
+        return torch.stack(weights)
 
     @torch.no_grad()
     def fit_output_map(self, pooled: Tensor, features: Tensor) -> None:

@@ -137,3 +137,15 @@ def test_the_target_can_be_differentiated_twice() -> None:
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), x)
     assert second.abs().max() > 0
+
+
+def test_attention_is_the_softmax_of_scaled_products_of_queries_and_keys_in_every_block() -> None:
+    model, x = aggregator(output_map=True), tokens()
+    found = model.attention(x)
+    assert found.shape == (2, B, 3, N, N)
+    for block, weights in zip(model.blocks, found, strict=True):
+        normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        projected = normed @ block.attention.in_proj_weight.T + block.attention.in_proj_bias
+        query, key = (part.unflatten(-1, (3, D // 3)).transpose(1, 2) for part in projected.split(D, dim=-1)[:2])
+        torch.testing.assert_close(weights, (query @ key.mT / (D // 3) ** 0.5).softmax(-1), rtol=1e-10, atol=1e-12)
+        x = block(x)

@@ -1,0 +1,146 @@
+"""What a page shows of a finished run beside numbers: attention of the aggregator, images with predictions, training curves."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmoe.adaptation import Adapter
+from dmoe.data.base import DomainSplit
+from dmoe.data.transforms import ImageTransform
+from dmoe.errors import UserError
+from dmoe.model import load_as
+from dmoe.models.aggregator import Aggregator
+from dmoe.models.student import Student
+from dmoe.report.shown import LARGEST_EDGE, MOST_EXAMPLES, curves_of
+from dmoe.stages import Run, load_finished
+
+DOMAINS_WITH_EXAMPLES = 8
+DOMAINS_SHOWN = 30
+LOOKED_AT = 256
+"""Images of a domain among which examples are sought, and over which attention is averaged; the support images at least."""
+
+MOST_DOMAINS_NAMED = 6
+"""Source domains in the name of an expert; of the others the number is told."""
+
+
+@torch.no_grad()
+def gather(run: Run, *, split: str = "target") -> dict[str, Any]:
+    """The content of ``evidence.json``: plain data, as :func:`dmoe.report.shown.read_evidence` reads it.
+
+    Raises:
+        UserError: something of the run is missing or damaged.
+    """
+    adapter = load_as(run.folder, run.config, device=run.device)
+    adapter.ranges = None  # nothing to warn of: nobody acts on these predictions
+    plain = _plain_student(run)
+    attention, examples = [], []
+    domains = run.dataset.splits[split]
+    shown = spread_out(list(domains.members), DOMAINS_SHOWN)
+    with_examples = spread_out(shown, DOMAINS_WITH_EXAMPLES)
+    each = MOST_EXAMPLES // len(with_examples)
+    for domain in shown:
+        images = domains.images(domains.members[domain][: max(LOOKED_AT, run.config.support_size)])
+        weights = attention_to_experts(adapter, images, batch_size=run.config.evaluation.batch_size)
+        if weights is not None:
+            attention.append((domains.domain_names[domain], weights))
+        if domain in with_examples and run.dataset.task.kind != "regression":  # values are neither right nor wrong
+            examples += list(_examples(run, domains, domain, images, plain, adapter, count=each))
+    return {
+        "attention": {
+            "experts": expert_names(run),
+            "domains": [name for name, _ in attention],
+            "weights": [[round(weight, 5) for weight in weights] for _, weights in attention],
+        }
+        if attention
+        else None,
+        "examples": examples,
+        "curves": {stage: [list(point) for point in curve] for stage, curve in curves_of(run.folder.path).items()},
+    }
+
+
+def attention_to_experts(adapter: Adapter, images: Tensor, *, batch_size: int) -> list[float] | None:
+    """Which share of the aggregator's attention falls on each expert, for images ``[B, C, H, W]``; None: it has none.
+
+    The mean over images, heads, blocks and the tokens that ask; the shares add up to 1.
+    """
+    aggregator = adapter._aggregator
+    if not isinstance(aggregator, Aggregator):
+        return None
+    tokens = torch.cat([adapter._experts(part.to(adapter.student.device)) for part in images.split(batch_size)])
+    found: list[float] = aggregator.attention(tokens).mean(dim=(0, 1, 2, 3)).tolist()
+    return found
+
+
+def expert_names(run: Run) -> list[str]:
+    """What each expert learned from."""
+    names = run.source.group_names
+    found = []
+    for expert in range(run.config.experts.count):
+        own = [names.get(domain, str(domain)) for domain, group in run.groups.items() if group == expert]
+        left = len(own) - MOST_DOMAINS_NAMED
+        found.append("; ".join(own[:MOST_DOMAINS_NAMED]) + (f" and {left} more" if left > 0 else ""))
+    return found
+
+
+def chosen(changed: Tensor, count: int) -> list[int]:
+    """Up to ``count`` images: half of them the first whose verdict changed ``[n]``, the others the first that did not."""
+    first, same = changed.nonzero().flatten().tolist(), (~changed).nonzero().flatten().tolist()
+    of_changed = min(len(first), max(count // 2, count - len(same)))
+    return sorted(first[:of_changed] + same[: count - of_changed])
+
+
+def spread_out(things: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` of them, evenly from the first to the last."""
+    if len(things) <= count:
+        return list(things)
+    return [things[round(place * (len(things) - 1) / (count - 1))] for place in range(count)]
+
+
+def png_of(image: Tensor, transform: ImageTransform) -> str:
+    """A standardised image ``[C, H, W]`` as a small PNG in base64: standardising undone, or where it was by image or of bands,
+    from its darkest to its brightest value; of more than three bands the first.
+    """
+    pixels = image.detach().cpu().float()
+    if transform.takes_bands:
+        pixels = pixels[:1]
+    if transform.takes_bands or transform.per_image:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+    else:
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (transform.mean, transform.std))
+        pixels = pixels * std + mean
+    grid = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid)
+    if max(picture.size) > LARGEST_EDGE:
+        picture.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _examples(
+    run: Run, split: DomainSplit, domain: int, images: Tensor, plain: Student, adapter: Adapter, *, count: int
+) -> Iterator[dict[str, str]]:
+    task, names = run.dataset.task, list(run.dataset.class_names)
+    labels = split.labels[split.members[domain][: len(images)]].long()
+    adapted = adapter.adapt(images[: run.config.support_size])
+    before, after = (task.predictions(student.logits(images)).cpu() for student in (plain, adapted))
+
+    def name(number: int) -> str:
+        return names[number] if number < len(names) else str(number)
+
+    for place in chosen((before == labels) != (after == labels), count):
+        verdict = {key: name(int(of[place])) for key, of in (("truth", labels), ("before", before), ("after", after))}
+        yield {"domain": split.domain_names[domain], "image": png_of(images[place], run.dataset.transform), **verdict}
+
+
+def _plain_student(run: Run) -> Student:
+    network = run.network(run.config.student_backbone, "student", to_train=False)
+    if not load_finished(run.student_stage, {"model": network}):
+        raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
+    return Student(features=network.features, head=network.head, task=run.dataset.task)

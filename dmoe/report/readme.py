@@ -1,0 +1,136 @@
+"""The README's tables from the rows in ``docs/results``: what is told there is what was measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmoe.console import say
+from dmoe.errors import UserError
+from dmoe.report.comparison import GROUPS, TEST_TIME, Comparison, Unit, counted, headline, is_first, protocol_text, unit_of
+from dmoe.report.files import text_of, write_whole
+from dmoe.report.rows import Results, read_results
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+FIRST = "digits"
+"""The data set that comes first; the others by name."""
+
+
+def rewrite(checkout: Path) -> None:
+    """Make the section of ``README.md`` agree with ``docs/results/*.jsonl``.
+
+    Raises:
+        UserError: there are no results, README has no place for them, or a file is damaged.
+    """
+    path = checkout / "README.md"
+    results = results_in(checkout / "docs" / "results")
+    if not results:
+        raise UserError(f"{checkout / 'docs' / 'results'}: holds no .jsonl file: put the results.jsonl of a comparison there")
+    write_whole(path, with_section(text_of(path, way="run this in a checkout"), markdown(results), where=str(path)))
+    say(f"{path}: the results of {', '.join(one.dataset for one in results)}")
+
+
+def results_in(folder: Path) -> list[Results]:
+    """All results of a folder, a data set a file.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = [read_results(path) for path in sorted(folder.glob("*.jsonl"))]
+    return sorted(found, key=lambda one: (one.dataset != FIRST, one.dataset))
+
+
+def section_of(readme: str, *, where: str) -> str | None:
+    """What is between the marks; None where there are none.
+
+    Raises:
+        UserError: there is one without the other, or one twice.
+    """
+    if BEGIN not in readme and END not in readme:
+        return None
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise UserError(f"{where}: must have the lines {BEGIN!r} and {END!r} once each, in this order")
+    return readme.split(BEGIN)[1].split(END)[0]
+
+
+def with_section(readme: str, section: str, *, where: str) -> str:
+    """The text with another section between the marks.
+
+    Raises:
+        UserError: it has no marks.
+    """
+    before = section_of(readme, where=where)
+    if before is None:
+        raise UserError(f"{where}: has no place for results: write the lines {BEGIN!r} and {END!r} where they are to be")
+    return readme.replace(f"{BEGIN}{before}{END}", f"{BEGIN}\n\n{section}\n{END}")
+
+
+def markdown(results: Sequence[Results]) -> str:
+    """All tables of all data sets."""
+    return "\n".join(_of_dataset(Comparison(one)) for one in results)
+
+
+def _of_dataset(comparison: Comparison) -> str:
+    unit = unit_of(comparison.results)
+    parts = [
+        f"### {comparison.results.dataset}",
+        f"{headline(comparison)[0]} {is_first(comparison)}".strip(),
+        _methods(comparison, unit),
+        _support(comparison, unit),
+        _protocols(comparison, unit),
+        _ablations(comparison, unit),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _methods(comparison: Comparison, unit: Unit) -> str:
+    head = [unit.name, "mean", "worst domain", f"difference to {comparison.baseline} (95 % interval)"]
+    rows = [[one.name, unit.spread(one.mean), unit.spread(one.worst), unit.interval(one.difference)] for one in comparison.lines]
+    seeds, domains = counted(len(comparison.seeds), "seed"), counted(len(comparison.domains), "domain")
+    said = f"Mean ± standard deviation over {seeds}, {domains}; {protocol_text(comparison.main)}. "
+    said += "The interval is a bootstrap of paired differences over domains and seeds."
+    return f"{_table(head, rows, strong=comparison.ours)}\n\n{said}"
+
+
+def _support(comparison: Comparison, unit: Unit) -> str:
+    curves = comparison.by_support()
+    ranked = [name for name in comparison.methods if name in curves]
+    best = next((name for name in ranked if name in TEST_TIME), None)
+    names = [name for name in (comparison.ours, comparison.baseline, best) if name in curves]
+    if not names:
+        return ""
+    sizes = sorted({size for name in names for size in curves[str(name)]})
+    rows = [[str(name), *(unit.spread(curves[str(name)].get(size)) for size in sizes)] for name in names]
+    return _table([f"{unit.name}, by unlabeled images", *map(str, sizes)], rows, strong=comparison.ours)
+
+
+def _protocols(comparison: Comparison, unit: Unit) -> str:
+    cells = comparison.by_protocol()
+    if not cells:
+        return ""
+    head = [f"{unit.name}, by protocol", *map(protocol_text, comparison.protocols())]
+    return _table(head, [[name, *map(unit.spread, line)] for name, line in cells.items()], strong=comparison.ours)
+
+
+def _ablations(comparison: Comparison, unit: Unit) -> str:
+    found = comparison.ablations()
+    if not found:
+        return ""
+    head = [f"{unit.name}, one thing changed", "", "mean", "worst domain", f"difference to {comparison.ours} (95 % interval)"]
+    rows = [
+        [GROUPS.get(group, group), one.name, unit.spread(one.mean), unit.spread(one.worst), unit.interval(one.difference)]
+        for group, lines in found.items()
+        for one in lines
+    ]
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, strong: str | None = None) -> str:
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for row in rows:
+        lines.append(_line([f"**{cell}**" for cell in row] if row[0] == strong else row))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
