@@ -64,9 +64,9 @@ def work(options: argparse.Namespace, world: "World") -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Everything for each seed, in processes of their own, and beside it what a user would try instead."""
-    from dmoe import report
     from dmoe.compare import comparison
     from dmoe.machine import cores
+    from dmoe.report import __main__ as report
 
     given = options.run_dir or run_dir_of(options).with_name(f"{run_dir_of(options).name}_compared")
     threads = options.threads or max(1, cores() // options.processes)
@@ -80,7 +80,7 @@ def compare(options: argparse.Namespace) -> None:
         flags=_words(machine),
         at_once=options.processes,
     )
-    report.write(given)
+    report.main([str(given)])
 
 
 def _words(flags: Mapping[str, object]) -> list[str]:

@@ -11,10 +11,10 @@ from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
 from dmoe.randomness import generator
 
-Kind = Literal["per domain", "per batch", "continual", "mixed batches", "skewed batches"]
+Kind = Literal["per domain", "per batch", "continual", "mixed stream", "label-skewed stream"]
 """per domain: adapt once on the domain's first images, then predict all of it (the paper's). The others cut all images into
 batches, each of which is adapted to and predicted: per batch, always from the source model; continual, from where the batch before
-left, through one domain after the other, and never reset; mixed batches, of all domains together; skewed batches, of a domain
+left, through one domain after the other, and never reset; mixed stream, of all domains together; label-skewed stream, of a domain
 sorted by class; these two from the source model too."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -67,11 +67,11 @@ class Protocol:
         if self.kind == "per domain":
             supports = {d: split.members[self.support_from[d] if self.support_from else d] for d in members}
             return [[Visit(supports[d][: self.support_size], tuple(m.split(batch_size)))] for d, m in members.items()]
-        if self.kind == "mixed batches":
+        if self.kind == "mixed stream":
             everything = torch.cat(list(members.values()))
-            drawn = everything[torch.randperm(len(everything), generator=generator("mixed batches"))]
+            drawn = everything[torch.randperm(len(everything), generator=generator("mixed stream"))]
             return [[Visit(batch, (batch,))] for batch in drawn.split(self.support_size)]
-        if self.kind == "skewed batches":
+        if self.kind == "label-skewed stream":
             members = {d: m[torch.argsort(split.labels[m], stable=True)] for d, m in members.items()}
         visits = [Visit(batch, (batch,)) for m in members.values() for batch in m.split(self.support_size)]
         return [visits] if self.kind == "continual" else [[visit] for visit in visits]

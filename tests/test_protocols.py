@@ -81,15 +81,15 @@ def test_predicted_before_the_update_by_what_the_batches_before_left() -> None:
 
 
 def test_mixed_batches_hold_every_image_once_and_several_domains() -> None:
-    chains = batches(Protocol(4, "mixed batches"))
+    chains = batches(Protocol(4, "mixed stream"))
     assert sorted(image for chain in chains for batch in chain for image in batch) == list(range(10))
     assert all(len(chain) == 1 for chain in chains)
     assert len(DOMAINS[chains[0][0]].unique()) > 1
-    assert chains == batches(Protocol(4, "mixed batches")), "drawn the same way each time"
+    assert chains == batches(Protocol(4, "mixed stream")), "drawn the same way each time"
 
 
 def test_skewed_batches_are_of_one_domain_and_sorted_by_class() -> None:
-    chains = batches(Protocol(2, "skewed batches"))
+    chains = batches(Protocol(2, "label-skewed stream"))
     assert chains == [[[7, 1]], [[4, 9]], [[2, 3]], [[6, 8]], [[0]], [[5]]]
 
 

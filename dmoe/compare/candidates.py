@@ -65,7 +65,7 @@ class Trial:
     def place(self, settings: Settings) -> Stage:
         """The stage of the training."""
         inputs = self.run.facts("student", settings=dict(settings), steps=str(self.duration))
-        return self.run.folder.stage(f"{self.stage.name}/{self.name}", inputs)
+        return Stage(self.stage.folder / self.name, inputs)
 
     @property
     def training_seconds(self) -> float | None:
@@ -185,7 +185,7 @@ def _zeros(trial: Trial, settings: Settings) -> Method:
     run = replace(run, config=run.config.model_copy(update={"meta": run.config.meta.model_copy(update={"target": "zeros"})}))
     experts, student, task = load_experts(run), trial.pretrained(), run.dataset.task
     aggregator = build_aggregator(run.config.aggregator, width=student.width, num_outputs=task.num_outputs).to(run.device)
-    meta_train_student(run, make_tokens(run, experts), experts, aggregator, student, name=f"{trial.stage.name}/full")
+    meta_train_student(run, make_tokens(run, experts), experts, aggregator, student, name="compare/zeros/full")
     return build_adapter(run.config, task, experts=experts, aggregator=ZeroTarget(), student=student, kind=Adapter)
 
 
@@ -241,10 +241,10 @@ CANDIDATES: Mapping[str, Candidate] = {
         beside=["student"],
     ),
     "batch_statistics": Candidate(
-        "batch statistics", "Nado et al., 2020", lambda trial, _: BatchStatistics(trial.erm()), adapts_erm=True
+        "ERM, batch statistics", "Nado et al., 2020", lambda trial, _: BatchStatistics(trial.erm()), adapts_erm=True
     ),
     "mixed_statistics": Candidate(
-        "mixed statistics",
+        "ERM, mixed statistics",
         "Schneider et al., NeurIPS 2020",
         lambda trial, settings: BatchStatistics(trial.erm(), **settings),
         [{"source_weight": weight} for weight in (16, 4, 32, 64, 128, 256)],

@@ -153,7 +153,7 @@ def protocols(run: Run) -> list[Protocol]:
     found += [replace(main, support_size=each) for each in config.support_sizes if each != size]
     found += [replace(main, support_from=others)] if len(domains) > 1 else []
     batches = Protocol(size, images=config.stream_images)
-    found += [replace(batches, kind=kind) for kind in ("per batch", "continual", "mixed batches", "skewed batches")]
+    found += [replace(batches, kind=kind) for kind in ("per batch", "continual", "mixed stream", "label-skewed stream")]
     found += [replace(batches, kind="continual", predict="before")]
     fits = max(len(members) for members in split.members.values())
     return [

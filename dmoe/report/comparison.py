@@ -177,7 +177,9 @@ class Comparison:
         found = []
         for method in dict.fromkeys(trial.method for trial in self.results.trials):
             trials = [trial for trial in self.results.trials if trial.method == method]
-            scores = [(settings, spread(_scores(trials, settings))) for settings in dict.fromkeys(trial.settings for trial in trials)]
+            scores = [
+                (settings, spread(_scores(trials, settings))) for settings in dict.fromkeys(trial.settings for trial in trials)
+            ]
             scores.sort(key=lambda one: -one[1].mean if one[1] else np.inf)
             tested = [row.settings for row in self._at(self.main, method) if row.settings]
             found.append(Tried(method, trials[0].split, scores, tested[0] if tested else scores[0][0]))
@@ -317,7 +319,9 @@ def headline(comparison: Comparison) -> list[str]:
     """What the numbers say, in a sentence or a few."""
     unit, ours = unit_of(comparison.results), comparison.ours
     line = next((line for line in comparison.lines if line.name == ours), None)
-    where = f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset} ({counted(len(comparison.seeds), 'seed')})"
+    where = (
+        f"{counted(len(comparison.domains), 'domain')} of {comparison.results.dataset} ({counted(len(comparison.seeds), 'seed')})"
+    )
     if line is None or line.mean is None:
         best = comparison.lines[0]
         return [f"{best.name} is best on {where}: {_with_unit(unit, best.mean)}."]

@@ -172,7 +172,9 @@ def support_section(comparison: Comparison, unit: Unit) -> Section:
     sizes = sorted({size for curve in curves.values() for size in curve})
     rows = [[name, *(unit.spread(curve.get(size)) for size in sizes)] for name, curve in curves.items()]
     table = Table(["method", *(str(size) for size in sizes)], rows, strong=_strong(comparison))
-    text = [f"Mean {unit.name} over {counted(len(comparison.domains), 'domain')}; bars: standard deviation over seeds. The axis is logarithmic."]
+    text = [
+        f"Mean {unit.name} over {counted(len(comparison.domains), 'domain')}; bars: standard deviation over seeds. The axis is logarithmic."
+    ]
     left = len([name for name in curves if name != baseline]) - len(names)
     text += [f"{counted(left, 'more method')} in the table only."] if left else []
     return Section("support", title, text, [Chart(svg.lines(series, axes), legend)], folded=[("The same as a table", table)])
@@ -276,21 +278,28 @@ def curves_section(curves: Mapping[str, Curve], unit: Unit) -> Section:
         name = group if len(stages) == 1 else f"{group}: {len(stages)} lines"
         axes = svg.Axes("step", unit.name, unit.number, y_range=(min(scores), max(scores)))
         charts.append(Chart(svg.lines(series, axes, width=280, height=200, kind="small"), title=name))
-    text = ["Score on the validation domains by training step; the weights of the best step were kept. All axes have the same range."]
+    text = [
+        "Score on the validation domains by training step; the weights of the best step were kept. All axes have the same range."
+    ]
     return Section("training", title, text, charts)
 
 
 def trials_section(comparison: Comparison, unit: Unit) -> Section:
     title, tried = "Settings that were tried", comparison.trials()
     if not tried:
-        return Section("trials", title, ["No trials of settings are recorded here: every method ran with the settings it was given."])
+        return Section(
+            "trials", title, ["No trials of settings are recorded here: every method ran with the settings it was given."]
+        )
     head = ["method", "settings tried", "chosen", f"its mean {unit.name} there"]
     rows = []
     for one in tried:
         score = dict(one.scores).get(one.chosen)
         rows.append([one.method, str(len(one.scores)), one.chosen, unit.spread(score)])
     folded = [
-        (f"{one.method}: all {len(one.scores)}", Table(["settings", f"mean {unit.name}"], [[s, unit.spread(v)] for s, v in one.scores]))
+        (
+            f"{one.method}: all {len(one.scores)}",
+            Table(["settings", f"mean {unit.name}"], [[s, unit.spread(v)] for s, v in one.scores]),
+        )
         for one in tried
     ]
     splits = ", ".join(dict.fromkeys(one.split for one in tried))
@@ -308,7 +317,12 @@ def published_section(dataset: str) -> Section:
     shown = []
     for one in tables:
         note = f" {one['note']}" if one["note"] else ""
-        shown.append((f"{one['title']}. Published, not run here. Source: {one['source']}.{note}", Table(["method", *one["columns"]], one["rows"])))
+        shown.append(
+            (
+                f"{one['title']}. Published, not run here. Source: {one['source']}.{note}",
+                Table(["method", *one["columns"]], one["rows"]),
+            )
+        )
     return Section("published", title, text, tables=shown)
 
 
@@ -325,7 +339,9 @@ def notes_section(comparison: Comparison) -> Section:
         "Intervals are of one comparison each; where many methods are compared, some will lie outside by chance. “The best other "
         "method” is picked by the numbers shown here, which flatters it a little.",
         "“Worst domain” is that of each seed, then averaged.",
-        f"Settings tried, by method: {choices}. Methods not named ran with one." if tried else "No search for settings is recorded.",
+        f"Settings tried, by method: {choices}. Methods not named ran with one."
+        if tried
+        else "No search for settings is recorded.",
     ]
     return Section("notes", "How to read this", text)
 

@@ -192,9 +192,7 @@ def _headline(domains: Any, metric: str, unit: str) -> tuple[str, dict[str, floa
     headline = "r" if unit == "value" else "accuracy"  # as dmoe.tasks has it
     nested = [value for value in domains.values() if isinstance(value, Mapping)]
     name = headline if nested and all(headline in value for value in nested) else metric
-    values = {
-        name_of(domain): number_of(value[name] if isinstance(value, Mapping) else value) for domain, value in domains.items()
-    }
+    values = {name_of(domain): number_of(value[name] if isinstance(value, Mapping) else value) for domain, value in domains.items()}
     return name_of(name), values
 
 

@@ -53,7 +53,12 @@ class Axes:
 
 
 def bars(
-    groups: Mapping[str, Sequence[tuple[float, float | None] | None]], *, series: Sequence[str], styles: Sequence[int], label: str, say: Say
+    groups: Mapping[str, Sequence[tuple[float, float | None] | None]],
+    *,
+    series: Sequence[str],
+    styles: Sequence[int],
+    label: str,
+    say: Say,
 ) -> Markup:
     """Horizontal bars in groups, each with an interval.
 
@@ -110,7 +115,10 @@ def lines(series: Sequence[Series], axes: Axes, *, width: int = WIDTH, height: i
 
     parts = []
     for tick in ticks:
-        parts += [_line(left, y(tick), width - right, y(tick), "grid"), _text(left - 8, y(tick), _short(axes.say(tick)), anchor="end")]
+        parts += [
+            _line(left, y(tick), width - right, y(tick), "grid"),
+            _text(left - 8, y(tick), _short(axes.say(tick)), anchor="end"),
+        ]
     shown = xs if axes.log2 or len(xs) <= MOST_OWN_TICKS else _nice(xs[0], xs[-1])[2]
     for tick in shown:
         if xs[0] <= tick <= xs[-1]:
@@ -183,7 +191,9 @@ def key(style: int, *, kind: str) -> Markup:
 
 
 def _figure(height: float, parts: Sequence[Markup], alternative: str, *, width: int = WIDTH, kind: str = "") -> Markup:
-    opening = Markup('<svg class="chart {}" role="img" viewBox="0 0 {} {:.0f}" aria-label="{}">').format(kind, width, height, alternative)
+    opening = Markup('<svg class="chart {}" role="img" viewBox="0 0 {} {:.0f}" aria-label="{}">').format(
+        kind, width, height, alternative
+    )
     return opening + Markup("").join(parts) + Markup("</svg>")
 
 

@@ -96,7 +96,9 @@ def rows(*, seeds: int = 5, domains: int = 16) -> list[dict[str, Any]]:
             for number, lr in enumerate((0.0001, 0.001, 0.01)):
                 score = float(0.8 - 0.01 * abs(number - 1) + random.normal(0, 0.001))
                 trial = {"kind": "trial", "method": method, "trial": number, "settings": {"lr": lr, "steps": 10}}
-                found.append({**trial, "split": "validation", "score": score, "seed": seed, "dataset": "digits", "run": f"seed_{seed}"})
+                found.append(
+                    {**trial, "split": "validation", "score": score, "seed": seed, "dataset": "digits", "run": f"seed_{seed}"}
+                )
     return found
 
 
@@ -117,7 +119,11 @@ def evidence(*, domains: int = 16) -> dict[str, Any]:
             }
         )
     experts = [f"{30 * n} degrees; {30 * n + 90} degrees; {30 * n + 180} degrees" for n in range(6)]
-    return {"attention": {"experts": experts, "domains": names, "weights": weights.tolist()}, "examples": examples, "curves": curves()}
+    return {
+        "attention": {"experts": experts, "domains": names, "weights": weights.tolist()},
+        "examples": examples,
+        "curves": curves(),
+    }
 
 
 def curves() -> dict[str, list[list[float]]]:

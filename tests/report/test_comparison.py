@@ -160,7 +160,9 @@ def test_a_plain_run_has_its_own_names(tmp_path: Path) -> None:
 
 def test_without_ours_the_best_is_told(made: list[dict[str, Any]], tmp_path: Path) -> None:
     found = of([*values(made, "ERM"), *values(made, "TENT")], tmp_path)
-    assert headline(found) == [f"ERM is best on 16 domains of digits (5 seeds): {unit_of(found.results).spread(found.lines[0].mean)} % accuracy."]
+    assert headline(found) == [
+        f"ERM is best on 16 domains of digits (5 seeds): {unit_of(found.results).spread(found.lines[0].mean)} % accuracy."
+    ]
 
 
 def test_fractions_are_percent_and_values_are_not() -> None:

@@ -108,5 +108,7 @@ def test_names_are_printable_and_of_one_line_and_short(tmp_path: Path) -> None:
 
 
 def test_settings_are_written_as_one_types_them() -> None:
-    assert settings_text({"lr": 0.0010, "steps": 10, "filter": True, "name": "adam"}) == "lr=0.001, steps=10, filter=True, name=adam"
+    assert (
+        settings_text({"lr": 0.0010, "steps": 10, "filter": True, "name": "adam"}) == "lr=0.001, steps=10, filter=True, name=adam"
+    )
     assert settings_text(None) == ""
