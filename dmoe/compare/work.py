@@ -85,7 +85,7 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
     method = candidate.make(final, choice.settings)
     trained = budget(run) if final.training_seconds is None else final.training_seconds + already
     cost = {"training_cpu_seconds": round(trained, 1), **costs(trial.run, method)}
-    for protocol, evaluation in tested(trial.run, method, candidate, run.config.compare):
+    for protocol, evaluation in by_every_protocol(trial.run, method, candidate, run.config.compare):
         rows.append(
             _row(run, candidate, "test")
             | _test_facts(run, protocol, evaluation)
@@ -130,7 +130,9 @@ def _choice_of(folder: RunFolder, key: str) -> Choice:
         raise UserError(f"{path}: damaged (figures): delete {path.parent} to redo it") from None
 
 
-def tested(run: Run, method: Method, candidate: Candidate, config: CompareConfig) -> Iterator[tuple[Protocol, Evaluation]]:
+def by_every_protocol(
+    run: Run, method: Method, candidate: Candidate, config: CompareConfig
+) -> Iterator[tuple[Protocol, Evaluation]]:
     """The method on the target domains by every protocol. The first is the main one."""
     main = run.protocol
     split = run.dataset.splits["target"]
