@@ -35,6 +35,9 @@ from dmoe.stages import Run, load_experts, make_tokens, pretrain_student
 
 Settings = Mapping[str, Any]
 
+OF_THE_OPTIMIZER = ("lr", "max_gradient_norm")
+"""Settings that are fields of :class:`~dmoe.config.OptimizerConfig`."""
+
 FISHER_IMAGES = 2000
 """Source images of EATA, as published."""
 
@@ -55,10 +58,10 @@ class Trial:
     name: str = ""
     duration: Duration = NO_STEPS
 
-    def training(self, *, lr: float | None = None) -> TrainingConfig:
-        """As the student's own, but for its length and perhaps its learning rate."""
+    def training(self, settings: Settings) -> TrainingConfig:
+        """As the student's own, but for its length and what the settings say of its optimizer."""
         own, steps = self.run.config.student.training, self.duration.steps(1)
-        optimizer = own.optimizer.model_copy(update={} if lr is None else {"lr": lr})
+        optimizer = own.optimizer.model_copy(update={key: settings[key] for key in OF_THE_OPTIMIZER if key in settings})
         every = Duration(max(1, -(-steps // 4)), "steps")
         return own.model_copy(update={"duration": self.duration, "evaluate_every": every, "optimizer": optimizer})
 
@@ -118,45 +121,31 @@ class Candidate:
 
 
 def _erm(trial: Trial, settings: Settings) -> Method:
-    return training.train_erm(trial.run, trial.place(settings), training=trial.training(**settings))
-
-
-def _coral(trial: Trial, settings: Settings) -> Method:
-    return training.train_coral(trial.run, trial.place(settings), training=trial.training(), **settings)
-
-
-def _irm(trial: Trial, settings: Settings) -> Method:
-    steps = round(settings["annealed"] * trial.duration.steps(1))
-    return training.train_irm(
-        trial.run,
-        trial.place(settings),
-        training=trial.training(),
-        penalty=settings["penalty"],
-        anneal_steps=steps,
-        domains=settings["domains"],
-    )
-
-
-def _arm_cml(trial: Trial, settings: Settings) -> Method:
-    chosen = {key: value for key, value in settings.items() if key != "lr"}
-    own = trial.training(lr=settings["lr"])
-    return training.train_arm_cml(trial.run, trial.place(settings), training=own, pretrained=trial.pretrained(), **chosen)
-
-
-def _arm_bn(trial: Trial, settings: Settings) -> Method:
-    own = trial.training(lr=settings["lr"])
-    place, domains = trial.place(settings), settings["domains"]
-    return training.train_arm_bn(trial.run, place, training=own, domains=domains, pretrained=trial.pretrained())
-
-
-def _arm_ll(trial: Trial, settings: Settings) -> Method:
-    chosen = {key: value for key, value in settings.items() if key != "lr"}
-    own = trial.training(lr=settings["lr"])
-    return training.train_arm_ll(trial.run, trial.place(settings), training=own, pretrained=trial.pretrained(), **chosen)
+    return training.train_erm(trial.run, trial.place(settings), training=trial.training(settings))
 
 
 def _oracle(trial: Trial, settings: Settings) -> Method:
-    return training.train_oracle(trial.run, trial.place(settings), training=trial.training(**settings))
+    return training.train_oracle(trial.run, trial.place(settings), training=trial.training(settings))
+
+
+def _coral(trial: Trial, settings: Settings) -> Method:
+    return training.train_coral(trial.run, trial.place(settings), training=trial.training({}), **settings)
+
+
+def _irm(trial: Trial, settings: Settings) -> Method:
+    annealed = round(settings["annealed"] * trial.duration.steps(1))
+    own = {key: value for key, value in settings.items() if key != "annealed"}
+    return training.train_irm(trial.run, trial.place(settings), training=trial.training({}), anneal_steps=annealed, **own)
+
+
+def _arm(train: Callable[..., Method]) -> Callable[[Trial, Settings], Method]:
+    """One of the three, which begin with the run's student as supervised training left it."""
+
+    def make(trial: Trial, settings: Settings) -> Method:
+        own = {key: value for key, value in settings.items() if key not in OF_THE_OPTIMIZER}
+        return train(trial.run, trial.place(settings), training=trial.training(settings), pretrained=trial.pretrained(), **own)
+
+    return make
 
 
 def _eata(trial: Trial, settings: Settings) -> Method:
@@ -200,7 +189,7 @@ CANDIDATES: Mapping[str, Candidate] = {
         "CORAL",
         "Sun & Saenko, ECCV 2016",
         _coral,
-        [{"penalty": penalty, "domains": 4} for penalty in (1.0, 0.1, 0.3, 3.0, 10.0, 0.03)],
+        [{"penalty": p, "domains": d} for p, d in ((1.0, 4), (0.1, 4), (10.0, 4), (0.01, 4), (0.1, 8), (1.0, 8))],
         by_image=True,
     ),
     "irm": Candidate(
@@ -209,34 +198,34 @@ CANDIDATES: Mapping[str, Candidate] = {
         _irm,
         [
             {"penalty": p, "annealed": a, "domains": 4}
-            for p, a in ((100, 0.1), (1, 0.1), (10, 0.1), (10, 0.5), (100, 0.5), (1000, 0.5))
+            for p, a in ((100, 0.1), (1, 0.15), (0.1, 0.15), (10, 0.5), (100, 0.8), (1, 0.5))
         ],
         by_image=True,
     ),
     "arm_cml": Candidate(
         "ARM-CML",
         ARM_PAPER,
-        _arm_cml,
+        _arm(training.train_arm_cml),
         [
-            {"lr": lr, "domains": domains, "context_channels": 12, "context_width": 32, "kernel_size": 5}
-            for lr, domains in ((3e-3, 2), (1e-3, 2), (1e-2, 2), (3e-3, 4), (1e-3, 4), (1e-2, 4))
+            {"lr": lr, "domains": domains, "context_channels": 12, "context_width": 32, "kernel_size": kernel}
+            for lr, domains, kernel in ((3e-3, 1, 3), (1e-3, 1, 3), (1e-2, 1, 3), (3e-3, 2, 3), (1e-2, 2, 3), (3e-3, 1, 5))
         ],
         beside=["student"],
     ),
     "arm_bn": Candidate(
         "ARM-BN",
         ARM_PAPER,
-        _arm_bn,
-        [{"lr": lr, "domains": domains} for lr, domains in ((3e-3, 2), (1e-3, 2), (1e-2, 2), (3e-3, 4), (1e-3, 4), (1e-2, 4))],
+        _arm(training.train_arm_bn),
+        [{"lr": lr, "domains": d} for lr, d in ((3e-3, 1), (1e-3, 1), (3e-4, 1), (1e-2, 1), (3e-3, 2), (1e-3, 2))],
         beside=["student"],
     ),
     "arm_ll": Candidate(
         "ARM-LL",
         ARM_PAPER,
-        _arm_ll,
+        _arm(training.train_arm_ll),
         [
-            {"lr": lr, "domains": 2, "inner_lr": inner_lr, "loss_width": 32}
-            for lr, inner_lr in ((3e-3, 0.1), (1e-3, 0.1), (1e-2, 0.1), (3e-3, 0.01), (3e-3, 1.0), (1e-2, 1.0))
+            {"lr": lr, "max_gradient_norm": 2.0, "domains": 1, "inner_lr": inner_lr, "loss_width": 32}
+            for lr, inner_lr in ((1e-3, 0.1), (1e-3, 1.0), (3e-4, 1.0), (1e-3, 3.0), (3e-3, 1.0), (3e-3, 0.1))
         ],
         beside=["student"],
     ),

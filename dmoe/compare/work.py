@@ -12,7 +12,7 @@ import torch
 
 from dmoe.artifacts import read_json, written_whole
 from dmoe.compare.candidates import CANDIDATES, Candidate, Settings, Trial
-from dmoe.config import CompareConfig, Duration
+from dmoe.config import Duration
 from dmoe.console import say
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Evaluation, Method, judged
@@ -85,7 +85,7 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
     method = candidate.make(final, choice.settings)
     trained = budget(run) if final.training_seconds is None else final.training_seconds + already
     cost = {"training_cpu_seconds": round(trained, 1), **costs(trial.run, method)}
-    for protocol, evaluation in by_every_protocol(trial.run, method, candidate, run.config.compare):
+    for protocol, evaluation in by_every_protocol(trial.run, method, candidate):
         rows.append(
             _row(run, candidate, "test")
             | _test_facts(run, protocol, evaluation)

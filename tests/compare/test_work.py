@@ -212,8 +212,8 @@ def test_what_treats_each_image_by_itself_predicts_once(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     once, always = Shifting(1), Shifting(1)
     candidate = Candidate("", "", lambda trial, settings: once, by_image=True)
-    found = list(by_every_protocol(run, once, candidate, run.config.compare))
-    others = list(by_every_protocol(run, always, replace(candidate, by_image=False), run.config.compare))
+    found = list(by_every_protocol(run, once, candidate))
+    others = list(by_every_protocol(run, always, replace(candidate, by_image=False)))
     assert once.calls == len(NAMES) < always.calls
     assert [str(protocol) for protocol, _ in found] == [str(protocol) for protocol, _ in others]
     assert [evaluation.domains for _, evaluation in found] == [evaluation.domains for _, evaluation in others]
