@@ -14,8 +14,7 @@ from dmoe.models.student import Student
 class BatchStatistics:
     """Every batch-norm layer takes mean and variance from the support images, and keeps them for all predictions.
 
-    A network without such layers stays as it is. Published: N = 16 for single images, 0 to 1024 tried; at 64 images little
-    depends on it.
+    A network without such layers stays as it is. Published: N = 0 for large batches, about 16 for single images.
     """
 
     def __init__(self, student: Student, *, source_weight: float = 0.0) -> None:

@@ -41,18 +41,14 @@ def test_a_step_is_by_the_gradient_uphill_of_certain_images() -> None:
 
 
 def test_the_moving_average_is_of_all_steps() -> None:
-    student, batches = small_student(), [batch(), batch()]
+    student, images, more = small_student(), batch(), batch()
     method = Sar(student, lr=0.1, certain=1.0, recovery=0.0)
-    first = method.adapt(batches[0])
-    second = method.adapt(batches[1], start=first)
-    # With no average to go on from, the average of one step is its loss.
-    alone = method.adapt(batches[1], start=first)
-    first.average = None
-    loss = method.adapt(batches[1], start=first).average
-    torch.testing.assert_close(second.average, alone.average)
-    torch.testing.assert_close(
-        second.average, 0.9 * Sar(student, lr=0.1, certain=1.0, recovery=0.0).adapt(batches[0]).average + 0.1 * loss
-    )
+    first = method.adapt(images)
+    before, found = float(first.average), float(method.adapt(more, start=first).average)
+    first.average = None  # with none to go on from, the average of one step is its loss
+    loss = float(method.adapt(more, start=first).average)
+    assert found == pytest.approx(0.9 * before + 0.1 * loss, rel=1e-12)
+    assert before != pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(("recovery", "recovered"), [(0.0, False), (5.0, True)])
