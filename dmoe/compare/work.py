@@ -130,9 +130,7 @@ def _choice_of(folder: RunFolder, key: str) -> Choice:
         raise UserError(f"{path}: damaged (figures): delete {path.parent} to redo it") from None
 
 
-def by_every_protocol(
-    run: Run, method: Method, candidate: Candidate, config: CompareConfig
-) -> Iterator[tuple[Protocol, Evaluation]]:
+def by_every_protocol(run: Run, method: Method, candidate: Candidate) -> Iterator[tuple[Protocol, Evaluation]]:
     """The method on the target domains by every protocol. The first is the main one."""
     main = run.protocol
     split = run.dataset.splits["target"]
