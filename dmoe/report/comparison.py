@@ -27,8 +27,9 @@ STREAMS = {
     "per domain": "one model a domain, adapted once to its first images; all of its images predicted",
     "per batch": "every batch adapted to from the source model",
     "continual": "batches of one domain after another, the model never reset",
-    "mixed stream": "every batch of all domains mixed, the model never reset",
-    "label-skewed stream": "batches sorted by class, the model never reset",
+    "mixed stream": "every batch of all domains mixed, adapted to from the source model",
+    "label-skewed stream": "batches of a domain sorted by class, each adapted to from the source model",
+    "support from another domain": "as per domain, but adapted to images of another target domain: a control",
 }
 
 GROUPS = {
@@ -247,6 +248,7 @@ def protocol_text(protocol: Protocol) -> str:
 def details(protocol: Protocol) -> str:
     """What there is to say of it beside its name."""
     scored = "" if protocol.score_support else ", support not scored"
+    scored += "" if protocol.images is None else f", first {protocol.images} of each domain"
     return f"{protocol.support_size} images{scored}, predicted {protocol.predict} the update"
 
 
@@ -254,6 +256,7 @@ def describe(protocol: Protocol) -> str:
     """In a sentence."""
     how = STREAMS.get(protocol.name, protocol.name)
     scored = "support images count in the score" if protocol.score_support else "support images are left out of the score"
+    how += "" if protocol.images is None else f"; the first {protocol.images} images of each domain only"
     return f"{how}; {protocol.support_size} unlabeled images at a time; predictions {protocol.predict} the update; {scored}"
 
 

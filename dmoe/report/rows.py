@@ -22,16 +22,18 @@ class Protocol:
     """How a method was tested.
 
     Attributes:
-        name: ``per domain``, ``per batch``, ``continual``, ``mixed stream``, ``label-skewed stream``.
+        name: see :data:`dmoe.protocols.Kind`; or ``support from another domain``, which is per domain but for that.
         support_size: unlabeled images that are adapted to at a time.
         score_support: whether they count in the score.
         predict: ``after`` the update or ``before`` it.
+        images: of each domain, its first ones, where not all of them are predicted.
     """
 
     name: str
     support_size: int
     score_support: bool = True
     predict: str = "after"
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def _row(facts: Mapping[str, Any]) -> Row:
             support_size=_whole(facts["support_size"]),
             score_support=bool(facts.get("score_support", True)),
             predict=name_of(facts.get("predict", "after")),
+            images=None if facts.get("images") is None else _whole(facts["images"]),
         ),
         metric=metric,
         unit=unit,

@@ -23,6 +23,7 @@ from dmoe.data import digits
 from dmoe.errors import UserError
 from dmoe.evaluation import Method
 from dmoe.models.networks import Network
+from dmoe.protocols import Protocol
 from dmoe.run_folder import RunFolder
 from dmoe.stages import Run
 
@@ -102,4 +103,4 @@ def test_it_learns_the_digits(tmp_path: Path, kind: str) -> None:
     optimizer = {"lr": 0.003, "schedule": "cosine", "warmup": "20 steps"}
     training = TrainingConfig.model_validate({"batch_size": 48, "duration": "100 steps", "optimizer": optimizer})
     method = train(run, kind, training)
-    assert run.evaluate(method, "validation", support_size=24).score > 0.2
+    assert run.evaluate(method, "validation", Protocol(24)).score > 0.2
