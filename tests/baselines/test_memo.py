@@ -36,9 +36,10 @@ def test_turns_are_turns_in_pixels(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(found, images.flip((2, 3)))
     if shape[0] == shape[1]:
         torch.testing.assert_close(augmented(images, movement(turn=np.pi / 2))[:, 0], images.rot90(1, (2, 3)))
-    else:  # a quarter turn about the middle: the middle column of pixels becomes a row
+    else:  # a quarter turn about the middle: columns of pixels become rows, and rows columns
         found = augmented(images, movement(turn=np.pi / 2))[:, 0]
         torch.testing.assert_close(found[:, :, 3], images[:, :, 2:5, 1])
+        torch.testing.assert_close(found[:, :, 2:5, 1], images[:, :, 3].flip(2))
 
 
 def test_a_plain_image_stays_plain_whatever_the_movement() -> None:
