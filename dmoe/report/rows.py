@@ -1,5 +1,6 @@
 """The rows of ``results.jsonl``: of a comparison, and of a plain run, which says less."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,14 @@ class Protocol:
         support_size: unlabeled images that are adapted to at a time.
         score_support: whether they count in the score.
         predict: ``after`` the update or ``before`` it.
+        images: how many of each domain are predicted; None: all.
     """
 
     name: str
     support_size: int
     score_support: bool = True
     predict: str = "after"
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def _row(facts: Mapping[str, Any]) -> Row:
             support_size=_whole(facts["support_size"]),
             score_support=bool(facts.get("score_support", True)),
             predict=name_of(facts.get("predict", "after")),
+            images=None if facts.get("images") is None else _whole(facts["images"]),
         ),
         metric=metric,
         unit=unit,
@@ -201,7 +205,7 @@ def _is_number(value: Any) -> bool:
 
 
 def number_of(value: Any) -> float | None:
-    """A number from a file, or None for ``null``.
+    """A number from a file, or None for what is not known: ``null``, or Python's ``NaN``.
 
     Raises:
         TypeError, ValueError, OverflowError: it is something else, or no sensible one.
@@ -211,6 +215,8 @@ def number_of(value: Any) -> float | None:
     if not _is_number(value):
         raise TypeError(f"{value!r:.40} is no number")
     number = float(value)
+    if math.isnan(number):
+        return None
     if not abs(number) < LARGEST_NUMBER:
         raise ValueError(f"{value!r:.40} is too large")
     return number
