@@ -1,7 +1,7 @@
 """What the rows say: one thing to look up for each table and figure, the same for the page and for the README."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,11 +25,11 @@ MISSING = "\N{EN DASH}"
 
 STREAMS = {
     "per domain": "one model a domain, adapted once to its first images; all of its images predicted",
-    "per batch": "every batch adapted to from the source model",
-    "continual": "batches of one domain after another, the model never reset",
-    "mixed stream": "every batch of all domains mixed, adapted to from the source model",
-    "label-skewed stream": "batches of a domain sorted by class, each adapted to from the source model",
-    "support from another domain": "as per domain, but adapted to images of another target domain: a control",
+    "support from another domain": "a control: one model a domain, adapted once to the first images of another domain",
+    "per batch": "each batch of a domain adapted to from the source model, then predicted",
+    "continual": "batches of one domain after another, each going on from where the one before left; the model is never reset",
+    "mixed stream": "batches of all domains mixed, each adapted to from the source model, then predicted",
+    "label-skewed stream": "batches of a domain sorted by class, each adapted to from the source model, then predicted",
 }
 
 GROUPS = {
@@ -64,12 +64,14 @@ class Tried:
 
     Attributes:
         chosen: those that it was tested with.
+        seeds: that they were tried with.
     """
 
     method: str
     split: str
     scores: Sequence[tuple[str, Spread | None]]
     chosen: str
+    seeds: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Comparison:
         found: dict[str, dict[int, Spread]] = {}
         for method in dict.fromkeys(row.method for row in self.results.tests):
             sizes = {row.protocol.support_size for row in self.results.tests if row.method == method} - {0}
-            protocols = [Protocol(self.main.name, size, self.main.score_support) for size in sorted(sizes)]
+            protocols = [replace(self.main, support_size=size) for size in sorted(sizes)]
             known = {protocol.support_size: means(self._at(protocol, method)) for protocol in protocols}
             curve = {size: one for size, one in known.items() if one is not None}
             if len(curve) > 1:
@@ -154,7 +156,7 @@ class Comparison:
     def protocols(self) -> list[Protocol]:
         """The main one, then those that differ from it by more than the support size."""
         found = dict.fromkeys(row.protocol for row in self.results.tests)
-        others = [p for p in found if p != self.main and Protocol(p.name, 0, p.score_support, p.predict) != self._main_of_any_size]
+        others = [protocol for protocol in found if replace(protocol, support_size=self.main.support_size) != self.main]
         return [self.main, *sorted(others, key=_order)]
 
     def by_protocol(self) -> dict[str, list[Spread | None]]:
@@ -186,7 +188,11 @@ class Comparison:
             ]
             scores.sort(key=lambda one: -one[1].mean if one[1] else np.inf)
             tested = [row.settings for row in self._at(self.main, method) if row.settings]
-            found.append(Tried(method, trials[0].split, scores, tested[0] if tested else scores[0][0]))
+            found.append(
+                Tried(
+                    method, trials[0].split, scores, tested[0] if tested else scores[0][0], sorted({trial.seed for trial in trials})
+                )
+            )
         return found
 
     def ablations(self) -> dict[str, list[Line]]:
@@ -198,10 +204,6 @@ class Comparison:
             line = Line(setting, means(rows), worsts(rows), difference_of(rows, ours), costs(rows))
             found.setdefault(group, []).append(line)
         return found
-
-    @property
-    def _main_of_any_size(self) -> Protocol:
-        return Protocol(self.main.name, 0, self.main.score_support, self.main.predict)
 
     def _at(self, protocol: Protocol, method: str | None = None) -> list[Row]:
         return [row for row in self.results.tests if row.protocol == protocol and method in (None, row.method)]
@@ -248,16 +250,17 @@ def protocol_text(protocol: Protocol) -> str:
 def details(protocol: Protocol) -> str:
     """What there is to say of it beside its name."""
     scored = "" if protocol.score_support else ", support not scored"
-    scored += "" if protocol.images is None else f", first {protocol.images} of each domain"
-    return f"{protocol.support_size} images{scored}, predicted {protocol.predict} the update"
+    some = "" if protocol.images is None else f", the first {protocol.images} of a domain"
+    return f"{protocol.support_size} images{scored}{some}, predicted {protocol.predict} the update"
 
 
 def describe(protocol: Protocol) -> str:
     """In a sentence."""
     how = STREAMS.get(protocol.name, protocol.name)
     scored = "support images count in the score" if protocol.score_support else "support images are left out of the score"
-    how += "" if protocol.images is None else f"; the first {protocol.images} images of each domain only"
-    return f"{how}; {protocol.support_size} unlabeled images at a time; predictions {protocol.predict} the update; {scored}"
+    some = "all images" if protocol.images is None else f"the first {protocol.images} images"
+    size = f"{protocol.support_size} unlabeled images at a time"
+    return f"{how}; {size}; {some} of each domain are predicted, {protocol.predict} the update; {scored}"
 
 
 def _order(protocol: Protocol) -> tuple[int, str, bool, int]:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dmoe.errors import UserError, printable, shortened
 from dmoe.reading import read_text
@@ -76,13 +76,9 @@ def name_of(value: object) -> str:
 
 def _object(text: str, where: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(text, parse_constant=_refuse)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: damaged, not JSON ({error}): mend it, or delete it to make it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: damaged, not a JSON object: mend it, or delete it to make it again")
     return content
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")

@@ -12,6 +12,7 @@ from dmoe.report import svg
 from dmoe.report.comparison import (
     GROUPS,
     MISSING,
+    NO_RIVALS,
     ORACLE,
     Comparison,
     Line,
@@ -30,7 +31,9 @@ from dmoe.report.statistics import WHAT_THE_INTERVAL_IS
 
 HERE = Path(__file__).parent
 DOMAINS_SHOWN = 30
-LINES_SHOWN = svg.COLOURS - 1
+LINES_SHOWN = svg.COLOURS - 2
+"""Beside ours and the level of the baseline, which have styles of their own."""
+
 LONGEST_CONFIG = 20_000
 
 OURS, BASELINE, BEFORE = 0, 1, 2
@@ -118,7 +121,7 @@ def build(folder: Path) -> str:
         *([ablations_section(comparison, unit)] if comparison.results.ablations else []),
         attention_section(evidence.attention),
         examples_section(evidence, comparison),
-        curves_section(evidence.curves or curves_of(run), unit),
+        curves_section({**(evidence.curves or {}), **curves_of(run)}, unit),
         trials_section(comparison, unit),
         published_section(dataset),
         notes_section(comparison),
@@ -158,10 +161,11 @@ def support_section(comparison: Comparison, unit: Unit) -> Section:
         only = f"Every method was tested with {comparison.main.support_size} unlabeled images of a domain, and no other number."
         return Section("support", title, [only])
     baseline, ours = comparison.baseline, comparison.ours
-    ranked = [name for name in [ours, *comparison.methods] if name in curves and name != baseline]
-    names = [str(name) for name in dict.fromkeys(ranked)][:LINES_SHOWN]
-    styles = {name: OURS if name == ours else number + 2 for number, name in enumerate(name for name in names if name != ours)}
-    styles |= {ours: OURS} if ours in names else {}
+    others = [name for name in comparison.methods if name in curves and name not in (baseline, ours)]
+    others.sort(key=lambda name: name in NO_RIVALS)
+    styles = {ours: OURS} if ours is not None and ours in curves else {}
+    styles |= {name: number for number, name in enumerate(others[:LINES_SHOWN], start=BEFORE)}
+    names = list(styles)
     known = next((line.mean for line in comparison.lines if line.name == baseline), None)
     levels = {f"{baseline} at {comparison.main.support_size}": (known.mean, BASELINE)} if baseline and known else {}
     series = [
@@ -179,7 +183,7 @@ def support_section(comparison: Comparison, unit: Unit) -> Section:
         f"Mean {unit.name} over {counted(len(comparison.domains), 'domain')}; bars: standard deviation over seeds. "
         "The axis is logarithmic."
     ]
-    left = len([name for name in curves if name != baseline]) - len(names)
+    left = len(others[LINES_SHOWN:])
     text += [f"{counted(left, 'more method')} in the table only."] if left else []
     return Section("support", title, text, [Chart(svg.lines(series, axes), legend)], folded=[("The same as a table", table)])
 
@@ -298,7 +302,7 @@ def trials_section(comparison: Comparison, unit: Unit) -> Section:
     rows = []
     for one in tried:
         score = dict(one.scores).get(one.chosen)
-        rows.append([one.method, str(len(one.scores)), one.chosen, unit.spread(score)])
+        rows.append([one.method, str(len(one.scores)), one.chosen or MISSING, unit.spread(score)])
     folded = [
         (
             f"{one.method}: all {len(one.scores)}",
@@ -307,7 +311,11 @@ def trials_section(comparison: Comparison, unit: Unit) -> Section:
         for one in tried
     ]
     splits = ", ".join(dict.fromkeys(one.split for one in tried))
-    text = [f"Settings were compared on {splits} domains only; the target domains of the tables above chose nothing."]
+    seeds = sorted({seed for one in tried for seed in one.seeds})
+    with_seeds = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    text = [
+        f"Settings were compared on {splits} domains only, with {with_seeds}; the target domains of the tables above chose nothing."
+    ]
     return Section("trials", title, text, tables=[("Chosen settings", Table(head, rows))], folded=folded)
 
 

@@ -1,5 +1,6 @@
 """The rows of ``results.jsonl``: of a comparison, and of a plain run, which says less."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,11 @@ class Protocol:
     """How a method was tested.
 
     Attributes:
-        name: see :data:`dmoe.protocols.Kind`; or ``support from another domain``, which is per domain but for that.
+        name: ``per domain``, ``per batch``, ``continual``, ``mixed stream``, ``label-skewed stream``.
         support_size: unlabeled images that are adapted to at a time.
         score_support: whether they count in the score.
         predict: ``after`` the update or ``before`` it.
-        images: of each domain, its first ones, where not all of them are predicted.
+        images: how many of each domain are predicted; None: all.
     """
 
     name: str
@@ -204,7 +205,7 @@ def _is_number(value: Any) -> bool:
 
 
 def number_of(value: Any) -> float | None:
-    """A number from a file, or None for ``null``.
+    """A number from a file, or None for what is not known: ``null``, or Python's ``NaN``.
 
     Raises:
         TypeError, ValueError, OverflowError: it is something else, or no sensible one.
@@ -214,6 +215,8 @@ def number_of(value: Any) -> float | None:
     if not _is_number(value):
         raise TypeError(f"{value!r:.40} is no number")
     number = float(value)
+    if math.isnan(number):
+        return None
     if not abs(number) < LARGEST_NUMBER:
         raise ValueError(f"{value!r:.40} is too large")
     return number

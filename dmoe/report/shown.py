@@ -101,14 +101,15 @@ def curves_of(run: Path) -> dict[str, Curve]:
         UserError: a manifest is damaged.
     """
     found: dict[str, Curve] = {}
-    for path in sorted([*run.glob("*/manifest.json"), *run.glob("*/*/manifest.json")])[:MOST_STAGES]:
+    patterns = ("*/manifest.json", "experts/*/manifest.json", "compare/*/full/manifest.json")
+    for path in sorted(path for pattern in patterns for path in run.glob(pattern))[:MOST_STAGES]:
         figures = object_in(path, way="the stage makes it").get("figures", {})
         try:
             curve = _curve(figures.get("scores") or [])
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): delete {path.parent} to redo it") from None
         if curve:
-            found[path.parent.relative_to(run).as_posix()] = curve
+            found[path.parent.relative_to(run).as_posix().removesuffix("/full")] = curve
     return found
 
 
@@ -168,7 +169,7 @@ def _small_png(text: Any) -> str:
 def _curve(points: Sequence[Sequence[Any]]) -> Curve:
     if len(points) > MOST_POINTS:
         raise ValueError(f"a curve of {len(points)} points, expected {MOST_POINTS} at most")
-    return [(_sure(step), _sure(score)) for step, score in points]
+    return [(_sure(step), known) for step, score in points if (known := number_of(score)) is not None]
 
 
 def _sure(value: Any) -> float:

@@ -33,6 +33,7 @@ MEANS = {
     "Meta-DMoE, target of zeros": 0.845,
     "oracle: told the domain": 0.93,
 }
+IMAGES = 320
 STREAMS = ("per batch", "continual", "mixed stream", "label-skewed stream")
 ABLATIONS = {
     "experts": {"1 expert": 0.84, "3 experts": 0.86, "12 experts": 0.872},
@@ -62,6 +63,7 @@ def rows(*, seeds: int = 5, domains: int = 16) -> list[dict[str, Any]]:
                 "support_size": SUPPORT,
                 "score_support": True,
                 "predict": "after",
+                "images": None,
                 "settings": {"lr": 0.001, "steps": 10} if method not in ("ERM", "Meta-DMoE") else {},
                 "seed": seed,
                 "metric": "accuracy",
@@ -88,11 +90,12 @@ def rows(*, seeds: int = 5, domains: int = 16) -> list[dict[str, Any]]:
                 found += [row(method, mean - 0.3 / size + 0.3 / 64, support_size=size) for size in SIZES if size != SUPPORT]
             if not method.startswith(("oracle", "Meta-DMoE b")):
                 found.append(row(method, mean + 0.002, score_support=False))
-                found += [row(method, mean - 0.03 * n, protocol=stream) for n, stream in enumerate(STREAMS)]
-                found.append(row(method, mean - 0.05, protocol="continual", predict="before"))
+                found.append(row(method, mean - 0.4, protocol="support from another domain"))
+                found += [row(method, mean - 0.03 * n, protocol=stream, images=IMAGES) for n, stream in enumerate(STREAMS)]
+                found.append(row(method, mean - 0.05, protocol="continual", images=IMAGES, predict="before"))
         for group, settings in ABLATIONS.items():
             found += [row("Meta-DMoE", m, kind="ablation", group=group, setting=s) for s, m in settings.items()]
-        for method in ("TENT", "SHOT-IM", "T3A"):
+        for method in ("TENT", "SHOT-IM", "T3A") if seed == 1 else ():
             for number, lr in enumerate((0.0001, 0.001, 0.01)):
                 score = float(0.8 - 0.01 * abs(number - 1) + random.normal(0, 0.001))
                 trial = {"kind": "trial", "method": method, "trial": number, "settings": {"lr": lr, "steps": 10}}

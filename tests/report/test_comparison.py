@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_comparison import ABLATIONS, MEANS, SIZES, SUPPORT, plain_rows, rows, write_rows
+from fake_comparison import ABLATIONS, IMAGES, MEANS, SIZES, SUPPORT, plain_rows, rows, write_rows
 
 from dmoe.report.comparison import MISSING, Comparison, Unit, headline, is_first, unit_of
 from dmoe.report.rows import Protocol, read_results
@@ -86,8 +86,8 @@ def test_protocols_that_differ_by_more_than_the_support_size_have_a_column_each(
 ) -> None:
     protocols = comparison.protocols()
     assert protocols[0] == comparison.main
-    assert len(protocols) == len(set(protocols)) == 7
-    cell = comparison.by_protocol()["TENT"][protocols.index(Protocol("continual", SUPPORT, predict="before"))]
+    assert len(protocols) == len(set(protocols)) == 8
+    cell = comparison.by_protocol()["TENT"][protocols.index(Protocol("continual", SUPPORT, predict="before", images=IMAGES))]
     assert cell is not None
     assert cell.mean == pytest.approx(np.mean([r["mean"] for r in values(made, "TENT", protocol="continual", predict="before")]))
 
@@ -116,6 +116,7 @@ def test_trials_are_ranked_and_the_settings_of_the_test_are_the_chosen_ones(comp
     tried = {one.method: one for one in comparison.trials()}
     assert set(tried) == {"TENT", "SHOT-IM", "T3A"}
     assert (tried["TENT"].chosen, len(tried["TENT"].scores)) == ("lr=0.001, steps=10", 3)
+    assert tried["TENT"].seeds == [1]
     scores = [score.mean for _, score in tried["TENT"].scores if score]
     assert scores == sorted(scores, reverse=True)
 

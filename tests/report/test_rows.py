@@ -61,7 +61,8 @@ def test_rows_of_other_splits_than_target_are_left_out_where_there_is_target(tmp
         '{"method": "ERM"}',
         json.dumps(small(mean="0.8")),
         json.dumps(small(mean=True)),
-        json.dumps(small()).replace('"worst": ', '"worst": NaN, "was": '),
+        json.dumps(small()).replace('"worst": ', '"was": 1, "worst": 1e999, "is": '),
+        json.dumps(small(images="many")),
         json.dumps(small(worst=10**400)),
         json.dumps(small(worst=1e300)),
         json.dumps(small(seed=-1)),
@@ -97,6 +98,11 @@ def test_what_is_no_text_or_not_there_is_told(tmp_path: Path) -> None:
 def test_two_data_sets_in_one_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 data sets, expected 1"):
         read_results(write_rows(tmp_path, [small(), small(dataset="other")]) / "results.jsonl")
+
+
+def test_what_is_not_a_number_is_not_known(tmp_path: Path) -> None:
+    found = read_results(write_rows(tmp_path, [small(mean=float("nan"), worst=None)]) / "results.jsonl").tests[0]
+    assert (found.mean, found.worst) == (None, None)
 
 
 def test_names_are_printable_and_of_one_line_and_short(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_without_evidence_there_is_none(tmp_path: Path) -> None:
         {"examples": example(GOOD + '" onload="alert(1)')},
         {"curves": []} | {"curves": [1]},
         {"curves": {"meta": [[1]]}},
-        {"curves": {"meta": [[1, None]]}},
+        {"curves": {"meta": [[None, 1]]}},
         {"curves": {"meta": [[0, 0]] * 2001}},
         {"curves": {str(n): [] for n in range(65)}},
     ],
@@ -76,13 +76,15 @@ def test_damaged_evidence_is_told(tmp_path: Path, facts: Any) -> None:
 
 def test_curves_are_those_of_stages_that_were_judged(tmp_path: Path) -> None:
     for stage, figures in {
-        "meta": {"scores": [[5, 0.5]]},
+        "meta": {"scores": [[5, 0.5], [6, float("nan")]], "best_score": float("-inf")},
         "experts/expert_00": {"scores": [[1, 0.1]]},
         "tokens/source": {},
+        "compare/erm/full": {"scores": [[9, 0.9]]},
+        "compare/erm/trial_0": {"scores": [[2, 0.2]]},
     }.items():
         (tmp_path / stage).mkdir(parents=True)
         (tmp_path / stage / "manifest.json").write_text(json.dumps({"figures": figures}))
-    assert curves_of(tmp_path) == {"experts/expert_00": [(1.0, 0.1)], "meta": [(5.0, 0.5)]}
+    assert curves_of(tmp_path) == {"compare/erm": [(9.0, 0.9)], "experts/expert_00": [(1.0, 0.1)], "meta": [(5.0, 0.5)]}
     (tmp_path / "meta" / "manifest.json").write_text('{"figures": 7}')
     with pytest.raises(UserError, match=r"meta/manifest\.json: damaged"):
         curves_of(tmp_path)
