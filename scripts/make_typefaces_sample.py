@@ -236,9 +236,10 @@ def letter_forms() -> dict[str, list[str]]:
     """The characters of each class A to Z: capital, small, then both under one accent after the other."""
     forms: dict[str, list[tuple[str, str]]] = {}
     for character in (chr(code) for block in BLOCKS for code in block):
-        bare, *accents = unicodedata.normalize("NFD", character)
+        decomposed = unicodedata.normalize("NFD", character)
+        bare, accents = decomposed[0], decomposed[1:]
         if bare.isascii() and bare.isalpha() and all(map(unicodedata.combining, accents)):
-            forms.setdefault(bare.upper(), []).append(("".join(accents), character))
+            forms.setdefault(bare.upper(), []).append((accents, character))
     return {letter: [character for _, character in sorted(found)] for letter, found in sorted(forms.items())}
 
 
