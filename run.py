@@ -1,11 +1,12 @@
 """All stages of Meta-DMoE on one data set, or its test: read from top to bottom, this file is the method."""
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmoe.command_line import open_run, parser, run_main
+from dmoe.command_line import open_run, parser, run_dir_of, run_main
 from dmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ EPILOG = """examples:
   python run.py --dataset iwildcam --data_dir data --dry_run
   python run.py --dataset iwildcam --data_dir data --launcher slurm 'experts.slurm_options=["--partition=gpu"]'
   python run.py --dataset iwildcam --data_dir data --test --checkpoint_dir model/iwildcam
+  python run.py --compare --seeds 1 2 3              beside TENT, T3A, CORAL, ARM, ...: results.jsonl and report.html
   torchrun --nproc_per_node=8 run.py --dataset iwildcam --data_dir data meta.domains_per_update=8
 
 A stage that is already finished from the same inputs is skipped; one that was cut off goes on where it stopped."""
@@ -26,11 +28,14 @@ A stage that is already finished from the same inputs is skipped; one that was c
 
 def main() -> None:
     options = read_options()
+    if options.compare:
+        return compare(options)
 
     from dmoe.distributed import joined
 
     with joined() as world:
         work(options, world)
+    return None
 
 
 def work(options: argparse.Namespace, world: "World") -> None:
@@ -57,6 +62,31 @@ def work(options: argparse.Namespace, world: "World") -> None:
     testing.test(run, options.split, published=run.published if options.test else None)
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Everything for each seed, in processes of their own, and beside it what a user would try instead."""
+    from dmoe import report
+    from dmoe.compare import comparison
+    from dmoe.machine import cores
+
+    given = options.run_dir or run_dir_of(options).with_name(f"{run_dir_of(options).name}_compared")
+    threads = options.threads or max(1, cores() // options.processes)
+    # Of what the command line says, each process is given what is about the machine; a finished run knows the rest.
+    machine = {"--data_dir": options.data_dir, "--gpu": options.gpu, "--threads": threads}
+    what = {"--dataset": options.dataset, "--config": options.config}
+    comparison.compare(
+        given,
+        options.seeds,
+        run=[__file__, *_words(what), *options.overrides],
+        flags=_words(machine),
+        at_once=options.processes,
+    )
+    report.write(given)
+
+
+def _words(flags: Mapping[str, object]) -> list[str]:
+    return [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+
+
 def read_options() -> argparse.Namespace:
     made = parser(__doc__ or "", epilog=EPILOG)
     made.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on in a run folder (default)")
@@ -71,6 +101,11 @@ def read_options() -> argparse.Namespace:
     made.add_argument("--load_pretrained_aggregator", action="store_true", help="use the pretrained aggregator that is there")
     made.add_argument("--load_pretrained_student", action="store_true", help="use the pretrained student that is there")
     made.add_argument("--test", action="store_true", help="evaluate a finished run, train nothing")
+    made.add_argument(
+        "--compare", action="store_true", help="do it for several seeds, and test beside it what one would try instead"
+    )
+    made.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="S", help="of --compare (default: 1)")
+    made.add_argument("--processes", type=int, default=2, metavar="P", help="of --compare, at once (default: 2)")
     made.add_argument("--split", default="target", metavar="SPLIT", help="what --test evaluates on: target, validation, ...")
     made.add_argument(
         "--checkpoint_dir",
@@ -80,6 +115,10 @@ def read_options() -> argparse.Namespace:
     )
     options = made.parse_intermixed_args()
     loads = options.load_trained_experts or options.load_pretrained_aggregator or options.load_pretrained_student
+    if options.compare and (options.test or loads or options.dry_run or options.checkpoint_dir is not None):
+        raise UserError("--compare: it makes whole runs; --test, --dry_run, --load_... and --checkpoint_dir do not go with it")
+    if options.processes < 1 or min(options.seeds, default=-1) < 0 or len(set(options.seeds)) < len(options.seeds):
+        raise UserError("--compare: --processes must be 1 at least, and --seeds whole numbers, each once")
     if options.checkpoint_dir is not None and not (options.test or loads):
         raise UserError("--checkpoint_dir: it needs --test, or one of the --load flags that says what to take from there")
     return options

@@ -1,9 +1,6 @@
 """One expert of one data set, for any scheduler to start on any GPU. It is written into the run folder that run.py uses."""
 
-import argparse
-
 from dmoe.command_line import open_run, parser, run_main
-from dmoe.machine import end_with
 
 EPILOG = """example, one line a GPU, then the rest:
   python train_single_expert.py --dataset digits --gpu 0 --expert_idx 0
@@ -15,10 +12,7 @@ EPILOG = """example, one line a GPU, then the rest:
 def main() -> None:
     made = parser(__doc__ or "", epilog=EPILOG)
     made.add_argument("--expert_idx", type=int, required=True, metavar="I", help="which expert, from 0")
-    made.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the launcher, without which nobody waits for the expert
     options = made.parse_intermixed_args()
-    if options.parent is not None:
-        end_with(options.parent)
     run = open_run(options, expert=options.expert_idx)
 
     from experts.training import train_expert

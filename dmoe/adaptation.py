@@ -77,28 +77,30 @@ class Adapter:
         distilled, see :func:`~dmoe.meta.gradient.distilled`."""
         return self._target_of(self._experts(images.to(self.student.device)))
 
-    def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student:
+    def adapt(self, images: Tensor, *, tokens: Tensor | None = None, start: Student | None = None) -> Student:
         """The student adapted to a domain. Its ``diagnosis`` says whether adapting went as in training episodes.
 
         Args:
             images: ``[B, C, H, W]``, unlabeled, of that domain.
             tokens: what the experts say of them, ``[B, N, D']``, where that is known already; the experts are not asked then.
+            start: a student that was returned before, to go on from; None: the unadapted one. It is what a suspect falls back to.
 
         Raises:
             ValueError: ``images`` is not a batch of at least one image, or its targets are not as wide as its features.
         """
-        return self._judged(self._adapted(images, tokens, watched=self.ranges is not None))
+        start = start or self.student
+        return self._judged(self._adapted(images, tokens, start, watched=self.ranges is not None), start)
 
     def measure(self, images: Tensor, *, tokens: Tensor | None = None) -> Statistics:
         """What ranges are learned from: the statistics of adapting to ``images``, by name; see :func:`~dmoe.diagnosis.measured`."""
-        return self._adapted(images, tokens, watched=True).diagnosis.statistics
+        return self._adapted(images, tokens, self.student, watched=True).diagnosis.statistics
 
-    def _adapted(self, images: Tensor, tokens: Tensor | None, *, watched: bool) -> Student:
+    def _adapted(self, images: Tensor, tokens: Tensor | None, start: Student, *, watched: bool) -> Student:
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")
         images = images.to(self.student.device)
         target = self.target(images) if tokens is None else self._target_of(tokens.to(self.student.device))
-        return self.student.adapted(images, target, watched=watched, distill=self._distill, **self._inner)
+        return start.adapted(images, target, watched=watched, distill=self._distill, **self._inner)
 
     def adapt_many(self, images: Tensor) -> list[Student]:
         """The students adapted to several domains, in one pass through the experts, the aggregator and the inner steps.
@@ -123,10 +125,10 @@ class Adapter:
         targets, watched = target.unflatten(0, (domains, count)), self.ranges is not None
         students = self.student.adapted_to_many(images, targets, watched=watched, distill=self._distill, **self._inner)
         for number, student in enumerate(students):
-            students[number] = self._judged(student)
+            students[number] = self._judged(student, self.student)
         return students
 
-    def _judged(self, adapted: Student) -> Student:
+    def _judged(self, adapted: Student, start: Student) -> Student:
         """What is done with an adapted student by its diagnosis."""
         if self.ranges is None:
             return adapted
@@ -134,7 +136,7 @@ class Adapter:
         if diagnosis.suspect and self._on_suspect == "warn":
             warnings.warn(SuspectAdaptation(str(diagnosis)), stacklevel=3)
         falls_back = diagnosis.suspect and self._on_suspect == "fall_back"
-        return (self.student if falls_back else adapted).diagnosed(diagnosis)
+        return (start if falls_back else adapted).diagnosed(diagnosis)
 
     @torch.no_grad()
     def _target_of(self, tokens: Tensor) -> Tensor:

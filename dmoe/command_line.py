@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dmoe.errors import UserError
 from dmoe.interruption import Interrupted, heed_signals
-from dmoe.machine import choose_device, cores, keep_freed_memory
+from dmoe.machine import choose_device, cores, end_with, keep_freed_memory
 
 if TYPE_CHECKING:
     from dmoe.config import Config
@@ -49,6 +49,7 @@ def parser(description: str, *, epilog: str) -> argparse.ArgumentParser:
     made.add_argument("--gpu", type=int, metavar="G", help="use this GPU, -1: none (default: what is there)")
     made.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: all cores)")
     made.add_argument("--seed", type=int, metavar="S", help="another seed than the configuration's")
+    made.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # who waits for this process; without it nobody does
     made.add_argument("overrides", nargs="*", metavar="key.sub=value", help="configuration fields, for example meta.inner_lr=0.2")
     return made
 
@@ -83,6 +84,8 @@ def open_run(
     """
     from dmoe.run_folder import RunFolder
 
+    if options.parent is not None:
+        end_with(options.parent)
     folder = RunFolder(run_dir_of(options))
     config = _read_config(options, folder, finished=finished)
     checkpoint_dir: Path | None = getattr(options, "checkpoint_dir", None)

@@ -15,6 +15,10 @@ class UserError(Exception):
         super().__init__(shortened(printable(message), LONGEST))
 
 
+class DoesNotApply(UserError):
+    """A method is none for this task, network or data set. Where several are compared, it is left out."""
+
+
 def printable(text: str) -> str:
     """The text with line breaks, a terminal's control characters and what else cannot be printed as escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

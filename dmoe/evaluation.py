@@ -1,9 +1,9 @@
-"""The protocol of testing: each domain on its own, adapt once, predict everything; then the metrics over all."""
+"""Testing: methods adapt and predict by a protocol; then the metrics, of each domain and over all."""
 
 import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,20 +13,23 @@ from dmoe.data.base import DomainDataset
 from dmoe.data.streams import stored_images
 from dmoe.diagnosis import Diagnosis
 from dmoe.distributed import ALONE, World
-from dmoe.errors import UserError
 from dmoe.models.student import Student
+from dmoe.protocols import Protocol
 
 
-class Method(Protocol):
-    """Anything that turns unlabeled images of a domain ``[B, C, H, W]`` into a student for that domain."""
+class Method(typing.Protocol):
+    """Anything that turns unlabeled images of a domain ``[B, C, H, W]`` into a student for that domain.
 
-    def adapt(self, images: Tensor) -> Student: ...
+    Adapting changes nothing else. It begins with ``start``, a student that the method returned earlier, or with the source model.
+    """
+
+    def adapt(self, images: Tensor, *, start: Student | None = None) -> Student: ...
 
 
-class ByTokens(Protocol):
+class ByTokens(typing.Protocol):
     """A method that need not ask the experts where it is told the tokens ``[B, N, D]`` of the images."""
 
-    def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student: ...
+    def adapt(self, images: Tensor, *, tokens: Tensor | None = None, start: Student | None = None) -> Student: ...
 
 
 @dataclass(frozen=True)
@@ -79,91 +82,90 @@ class Evaluation:
         return [value for value in values if not math.isnan(value)]
 
 
-def evaluate(method: Method | WithTokens, dataset: DomainDataset, split: str, **protocol: Any) -> Evaluation:
+def evaluate(
+    method: Method | WithTokens,
+    dataset: DomainDataset,
+    split: str,
+    protocol: Protocol,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    world: World = ALONE,
+) -> Evaluation:
     """:func:`evaluate_all` of one method."""
-    return evaluate_all({"": method}, dataset, split, **protocol)[""]
+    return evaluate_all({"": method}, dataset, split, protocol, batch_size=batch_size, workers=workers, world=world)[""]
 
 
 def evaluate_all(
     methods: Mapping[str, Method | WithTokens],
     dataset: DomainDataset,
     split: str,
+    protocol: Protocol,
     *,
-    support_size: int,
     batch_size: int,
-    score_support: bool = True,
-    support_from: Mapping[int, int] | None = None,
     workers: int = 0,
     name: str | None = None,
     world: World = ALONE,
 ) -> dict[str, Evaluation]:
-    """Adapt to the first ``support_size`` images of each domain, in data-set order, and predict all of its images.
-
-    Every domain starts from the same model. A domain with fewer images is adapted to with those it has. An image is read once,
-    however many methods there are.
+    """Adapt to unlabeled images and predict, as the protocol says. An image is read once, however many methods there are.
 
     Args:
         methods: by names.
-        score_support: whether the support images count in the metrics; a domain with no others is then left out of them.
-        support_from: another domain to take the support images from, by domain: a control.
+        batch_size: images predicted at a time, where all of a domain are.
         workers: processes that read images ahead.
         name: of a progress bar; None: no bar.
-        world: the processes that share the domains; each ends with the whole result.
+        world: the processes that share the work; each ends with the whole result.
 
     Raises:
         UserError: support images are not scored and no domain has any others, or an image cannot be read.
     """
     images, task = dataset.splits[split], dataset.task
-    supports = {domain: images.members[support_from[domain] if support_from else domain] for domain in images.members}
-    supports = {domain: members[:support_size] for domain, members in supports.items()}
-    here = dict(world.share(images.members.items()))
-    reads: list[Tensor] = []  # for each domain its support, then its batches
-    for domain, members in here.items():
-        reads += [supports[domain], *members.split(batch_size)]
+    scored = protocol.scored(images)
+    here = world.share(protocol.chains(images, batch_size))
+    reads: list[Tensor] = []
+    for visit in (visit for chain in here for visit in chain):
+        reads += [visit.support, *(index for index in visit.predicted if index is not visit.support)]
     batches = stored_images(images, reads, workers=workers)
 
     kind = torch.float32 if task.kind == "regression" else torch.int64
     predictions = {method: torch.zeros(len(images), dtype=kind) for method in methods}
     diagnoses: dict[str, dict[int, Diagnosis]] = {method: {} for method in methods}
-    scored: dict[int, Tensor] = {}
-    for domain, members in progress_over(here.items(), name=name, unit="domain"):
-        unlabeled = next(batches)
-        students = {method: _adapted(methods[method], unlabeled, supports[domain]) for method in methods}
-        for method, student in students.items():
-            if student.diagnosis.ranges:
-                diagnoses[method][domain] = student.diagnosis
-        for index in members.split(batch_size):
-            batch = next(batches)
+    for chain in progress_over(here, name=name, unit="domain" if protocol.kind == "per domain" else "batch"):
+        students: dict[str, Student] = {}
+        for visit in chain:
+            unlabeled, before = next(batches), students
+            students = {each: _adapted(methods[each], unlabeled, visit.support, before.get(each)) for each in methods}
             for method, student in students.items():
-                predictions[method][index] = task.predictions(student.logits(batch)).cpu().to(kind)
+                if student.diagnosis.ranges and protocol.kind == "per domain":
+                    diagnoses[method][int(images.domains[visit.predicted[0][0]])] = student.diagnosis
+            asked = before if before and protocol.predict == "before" else students
+            for index in visit.predicted:
+                batch = unlabeled if index is visit.support else next(batches)
+                for method, student in asked.items():
+                    predictions[method][index] = task.predictions(student.logits(batch)).cpu().to(kind)
     world.add_up(list(predictions.values()))  # zero but in one of the processes
     for others in world.gathered(diagnoses):
         for method, found in others.items():
             diagnoses[method] |= found
-    for domain, members in images.members.items():
-        counted = members if score_support else members[support_size:]
-        if len(counted):
-            scored[domain] = counted
-    if not scored:
-        raise UserError(f"evaluation.support_size: no domain has more than {support_size} images, and none is left to score")
-    return {method: _judged(dataset, split, predictions[method], scored, diagnoses[method]) for method in methods}
+    return {method: judged(dataset, split, predictions[method], scored, diagnoses[method]) for method in methods}
 
 
-def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor) -> Student:
+def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor, start: Student | None) -> Student:
     if isinstance(method, WithTokens):
-        return method.method.adapt(images, tokens=method.stored(index))
-    return method.adapt(images)
+        return method.method.adapt(images, tokens=method.stored(index), start=start)
+    return method.adapt(images, start=start)
 
 
-def _judged(
+def judged(
     dataset: DomainDataset,
     split: str,
     predictions: Tensor,
     scored: Mapping[int, Tensor],
-    diagnoses: Mapping[int, Diagnosis],
+    diagnoses: Mapping[int, Diagnosis] | None = None,
 ) -> Evaluation:
+    """Predictions ``[n]`` of a split, judged by the images ``scored`` of each domain."""
     task, labels = dataset.task, dataset.splits[split].labels
     domains = {domain: task.metrics(predictions[counted], labels[counted]) for domain, counted in scored.items()}
     together = torch.cat(list(scored.values()))
     overall = dataset.metrics(split, together, predictions[together])
-    return Evaluation(overall, domains, predictions, dataset.selection_metric, task.headline, diagnoses)
+    return Evaluation(overall, domains, predictions, dataset.selection_metric, task.headline, diagnoses or {})

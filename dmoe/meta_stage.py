@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dmoe.model import build_adapter, describe
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import without_own_expert
 from dmoe.models.networks import Network
+from dmoe.protocols import Protocol
 from dmoe.randomness import generator, seed_of
 from dmoe.stages import Run
 from dmoe.tokens import TokenStore
@@ -34,13 +36,23 @@ OUTPUT_MAP_IMAGES = 8000
 
 
 def meta_train_student(
-    run: Run, tokens: Mapping[str, TokenStore], experts: Sequence[Network], aggregator: Aggregator, student: Network
+    run: Run,
+    tokens: Mapping[str, TokenStore],
+    experts: Sequence[Network],
+    aggregator: Aggregator,
+    student: Network,
+    *,
+    name: str = "meta",
 ) -> None:
-    """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens."""
+    """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens.
+
+    Args:
+        name: of the stage; another one for a variant, which is trained beside the run's own.
+    """
     config, task = run.config.meta, run.dataset.task
     made_from: dict[str, Any] = {name: run.folder.stage(name, {}).files() for name in ("aggregator", "student")}
     made_from["tokens"] = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
-    stage = run.folder.stage("meta", run.facts("experts", "meta", "aggregator", made_from=made_from))
+    stage = run.folder.stage(name, run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
     if config.student_start == "random":
         student = run.network(run.config.student_backbone, "meta", "student", to_train=False)
@@ -52,7 +64,7 @@ def meta_train_student(
         if run.world.is_first and isinstance(teacher, Aggregator) and teacher.output_map is not None:
             _fit_output_map(run, tokens["source"], teacher, student)
         learner = meta_learner(run, teacher, student)
-        choice = Choice.from_facts(run.world.from_first(lambda: asdict(gradient_way(run, learner))))
+        choice = Choice.from_facts(run.world.from_first(lambda: asdict(gradient_way(run, learner, name))))
         learner.way = choice.way
 
         def note(choice: Choice) -> None:
@@ -77,8 +89,7 @@ def meta_train_student(
                 run.evaluate(
                     WithTokens(adapter, lambda index: tokens["validation"][index]),
                     "validation",
-                    support_size=config.support_size,
-                    score_support=True,
+                    Protocol(config.support_size),
                 ).score
             ),
             checkpoint_every=run.config.checkpoint_every,
@@ -116,7 +127,7 @@ def meta_learner(run: Run, teacher: Aggregator | ZeroTarget, student: Network) -
     return learner
 
 
-def gradient_way(run: Run, learner: MetaLearner) -> Choice:
+def gradient_way(run: Run, learner: MetaLearner, name: str = "meta") -> Choice:
     """How the run's meta-gradients are computed: as configured, as it began, as this machine remembers, or as it finds now.
 
     Raises:
@@ -127,7 +138,7 @@ def gradient_way(run: Run, learner: MetaLearner) -> Choice:
         return Choice(Way(config.gradient, config.chunk_size))
     if config.chunk_size is not None:
         return Choice(Way("forward_over_reverse", config.chunk_size))
-    begun = _begun(run)
+    begun = _begun(run.folder.stage(name, {}).folder / GRADIENT_FILE, memory_gb=config.memory_gb)
     if begun is not None:
         return begun
     budget = memory_budget(device) if config.memory_gb is None else int(1e9 * config.memory_gb)
@@ -148,14 +159,13 @@ def gradient_way(run: Run, learner: MetaLearner) -> Choice:
     return known
 
 
-def _begun(run: Run) -> Choice | None:
+def _begun(path: Path, *, memory_gb: float | None) -> Choice | None:
     """The way that a meta-training which was cut off went, as long as it is allowed as much memory as then."""
-    path = run.folder.path / "meta" / GRADIENT_FILE
     if not path.is_file():
         return None
     facts = read_json(path)
     try:
-        return Choice.from_facts(facts) if facts["memory_gb"] == run.config.meta.memory_gb else None
+        return Choice.from_facts(facts) if facts["memory_gb"] == memory_gb else None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to choose again") from None
 

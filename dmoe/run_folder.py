@@ -256,7 +256,7 @@ def _locked(config: dict[str, Any]) -> dict[str, Any]:
     data = {key: value for key, value in config["data"].items() if key not in ("dir", "workers", "decoded_gb", "decoded_dir")}
     experts = {key: value for key, value in config["experts"].items() if key not in HOW_EXPERTS_ARE_LAUNCHED}
     meta = {key: value for key, value in config["meta"].items() if key != "memory_gb"}
-    kept = {key: value for key, value in config.items() if key not in ("evaluation", "checkpoint_every")}
+    kept = {key: value for key, value in config.items() if key not in ("evaluation", "compare", "checkpoint_every")}
     return {**kept, "data": data, "experts": experts, "meta": meta}
 
 

@@ -28,7 +28,7 @@ from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, Traini
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
-from dmoe.data.streams import EpochOrder, SupervisedBatches, stored_images
+from dmoe.data.streams import DomainBatches, EpochOrder, SupervisedBatches, stored_images
 from dmoe.data.transforms import random_views
 from dmoe.distributed import ALONE, World
 from dmoe.errors import UserError
@@ -38,10 +38,13 @@ from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, build_network, in_layout
+from dmoe.objectives import ERM, Objective, Outputs
+from dmoe.precision import computing_in, not_coarse
+from dmoe.protocols import Protocol
 from dmoe.published import PublishedFolder, TrainingStage
 from dmoe.randomness import Key, seed_of
 from dmoe.run_folder import RunFolder, Stage
-from dmoe.supervised import train_supervised
+from dmoe.supervised import task_loss, train_supervised
 from dmoe.tokens import TokenStore, build_store, is_stored
 
 
@@ -112,36 +115,61 @@ class Run:
     def expert_stage(self, number: int) -> Stage:
         return self.folder.expert(number, self.facts("experts", expert=number))
 
-    def evaluate(self, method: Method | WithTokens, split: str, **protocol: Any) -> Evaluation:
-        """A method on a split by the run's protocol, or parts of another."""
-        return self.evaluate_all({"": method}, split, **protocol)[""]
+    @property
+    def protocol(self) -> Protocol:
+        """How the run is tested."""
+        return Protocol(self.config.support_size, score_support=self.config.evaluation.score_support)
 
-    def evaluate_all(self, methods: Mapping[str, Method | WithTokens], split: str, **protocol: Any) -> dict[str, Evaluation]:
-        """Several methods on the same images."""
-        settings = self.config.evaluation
-        chosen = {
-            "support_size": self.config.support_size,
-            "batch_size": settings.batch_size,
-            "score_support": settings.score_support,
-            "workers": self.workers,
-            "world": self.world,
-            **protocol,
-        }
-        return evaluate_all(methods, self.dataset, split, **chosen)
+    def evaluate(self, method: Method | WithTokens, split: str, protocol: Protocol) -> Evaluation:
+        """A method on a split."""
+        return self.evaluate_all({"": method}, split, protocol)[""]
+
+    def evaluate_all(
+        self, methods: Mapping[str, Method | WithTokens], split: str, protocol: Protocol, *, name: str | None = None
+    ) -> dict[str, Evaluation]:
+        """Several methods on the same images; ``name`` is that of a progress bar."""
+        size = self.config.evaluation.batch_size
+        return evaluate_all(
+            methods, self.dataset, split, protocol, batch_size=size, workers=self.workers, name=name, world=self.world
+        )
 
     def train_network(
-        self, stage: Stage, network: Network, members: Tensor, training: TrainingConfig, report: Report | None = None
+        self,
+        stage: Stage,
+        network: Network,
+        members: Tensor,
+        training: TrainingConfig,
+        report: Report | None = None,
+        *,
+        objective: Objective | None = None,
+        domains: int | None = None,
     ) -> Progress:
-        """Train a network on the given source images, keeping the weights that are best on the validation domains."""
+        """Train a network on the given source images, keeping the weights that are best on the validation domains.
+
+        Args:
+            objective: what is minimised; None: the task loss.
+            domains: how many a batch has, with equally many images of each; None: whatever comes.
+        """
         key: tuple[Key, ...] = (self.config.seed, stage.name)
-        batches = SupervisedBatches(self.source, members, batch_size=training.batch_size, key=key)
+        chosen = objective or ERM(self.dataset.task)
+        batches: SupervisedBatches | DomainBatches
+        if domains is None:
+            batches = SupervisedBatches(self.source, members, batch_size=training.batch_size, key=key)
+        else:
+            batches = DomainBatches(self.source, members, batch_size=training.batch_size, domains=domains, key=key)
+
+        def loss(step: int, pixels: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+            with computing_in(training.precision, self.device):
+                features = network.features(self.source.finish(pixels))
+                logits = network.head(features)
+            return chosen.loss(Outputs(not_coarse(features), not_coarse(logits), labels, domains), step=step)
+
         return train_supervised(
             stage=stage,
             module=network,
-            logits=lambda pixels: network(self.source.finish(pixels)),
+            loss=loss,
             batch=batches,
             steps_per_epoch=batches.steps_per_epoch,
-            task=self.dataset.task,
             training=training,
             evaluate=lambda: self.score(network),
             checkpoint_every=self.config.checkpoint_every,
@@ -150,6 +178,8 @@ class Run:
             workers=self.workers,
             report=report,
             describe=lambda step: self.source.describe(batches.index(step)),
+            objective=chosen if isinstance(chosen, nn.Module) else None,
+            restart_at=chosen.restart_at,
         )
 
     def first(self, work: Callable[[], object]) -> None:
@@ -326,10 +356,9 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
         return train_supervised(
             stage=stage,
             module=aggregator,
-            logits=aggregator.logits,
+            loss=task_loss(aggregator.logits, task, precision=config.training.precision, device=run.device),
             batch=batch,
             steps_per_epoch=order.steps_per_epoch,
-            task=task,
             training=config.training,
             evaluate=score,
             checkpoint_every=run.config.checkpoint_every,

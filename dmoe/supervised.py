@@ -1,4 +1,4 @@
-"""The one supervised training: experts, the aggregator's pretraining and the student's are three calls of it."""
+"""The one training by a loss of batches: experts, the aggregator's pretraining and the student's are calls of it."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,20 +9,33 @@ from dmoe.config import TrainingConfig
 from dmoe.data.streams import stream
 from dmoe.loop import Progress, Report, Trainee, run
 from dmoe.optimizers import SKIPPED, ScheduledAdam, step_if_finite
-from dmoe.precision import computing_in, not_coarse
+from dmoe.precision import Precision, computing_in, not_coarse
 from dmoe.randomness import seed_of
 from dmoe.run_folder import Stage
 from dmoe.tasks import Task
+
+BatchLoss = Callable[..., Tensor]
+"""(number of a step, the tensors of its batch) to a scalar."""
+
+
+def task_loss(logits: Callable[[Tensor], Tensor], task: Task, *, precision: Precision, device: torch.device) -> BatchLoss:
+    """The task loss of batches of inputs ``[B, ...]`` and labels ``[B]``, where ``logits`` is the forward pass to ``[B, K]``."""
+
+    def loss(step: int, inputs: Tensor, labels: Tensor) -> Tensor:
+        with computing_in(precision, device):
+            said = logits(inputs)
+        return task.loss(not_coarse(said), labels)
+
+    return loss
 
 
 def train_supervised(
     *,
     stage: Stage,
     module: nn.Module,
-    logits: Callable[[Tensor], Tensor],
-    batch: Callable[[int], tuple[Tensor, Tensor]],
+    loss: BatchLoss,
+    batch: Callable[[int], tuple[Tensor, ...]],
     steps_per_epoch: int,
-    task: Task,
     training: TrainingConfig,
     evaluate: Callable[[], float] | None,
     checkpoint_every: int,
@@ -31,21 +44,29 @@ def train_supervised(
     workers: int = 0,
     report: Report | None = None,
     describe: Callable[[int], str] | None = None,
+    objective: nn.Module | None = None,
+    restart_at: int | None = None,
 ) -> Progress:
-    """Train ``module`` on labeled batches by the task loss; it ends with its best weights, in eval mode.
+    """Train ``module`` by a loss of batches; it ends with its best weights, in eval mode.
 
     Args:
-        logits: the forward pass, inputs ``[B, ...] -> [B, K]``; runs with ``module`` in training mode.
-        batch: inputs and labels of a step, a pure function of its number.
+        loss: runs with ``module`` in training mode.
+        batch: tensors of a step, a pure function of its number.
         evaluate: a score, higher is better; called with ``module`` in eval mode.
         seed: of dropout.
+        objective: weights and state that the loss has of its own; trained and kept with the module, but of no use after it.
+        restart_at: the step before which Adam forgets its moments.
         describe: see :func:`dmoe.loop.run`.
     """
     steps = training.duration.steps(steps_per_epoch)
     # The aggregator's output map has no part in its pretraining: Adam leaves alone what has no gradient.
-    adam = ScheduledAdam(module.parameters(), training.optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
-    batches: Iterator[tuple[Tensor, Tensor]] = iter(())  # replaced at the start, when the loop knows where it goes on
-    buffers = list(module.buffers())  # statistics of batch-norm, which a batch that is no good would spoil for ever
+    modules = {"model": module} if objective is None else {"model": module, "objective": objective}
+    parameters = [parameter for each in modules.values() for parameter in each.parameters()]
+    adam = ScheduledAdam(parameters, training.optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
+    batches: Iterator[tuple[Tensor, ...]] = iter(())  # replaced at the start, when the loop knows where it goes on
+    buffers = [
+        buffer for each in modules.values() for buffer in each.buffers()
+    ]  # statistics of batch-norm, which a batch that is no good would spoil for ever
     before = [buffer.clone() for buffer in buffers]
 
     def start(first: int) -> None:
@@ -54,16 +75,15 @@ def train_supervised(
         module.train()
 
     def step(number: int) -> dict[str, float]:
-        inputs, labels = next(batches)
+        if number == restart_at:
+            adam.restart()
+        tensors = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
         for kept, buffer in zip(before, buffers, strict=True):
             kept.copy_(buffer)
         torch.manual_seed(seed_of(seed, "dropout", number))
-        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with computing_in(training.precision, device):
-            said = logits(inputs)
-        loss = task.loss(not_coarse(said), labels)
-        loss.backward()
-        values = {"loss": loss.item(), "learning_rate": adam.learning_rate(number)}
+        found = loss(number, *tensors)
+        found.backward()
+        values = {"loss": found.item(), "learning_rate": adam.learning_rate(number)}
         values = step_if_finite(number, values, {"gradient_norm": adam})
         if SKIPPED in values:
             for kept, buffer in zip(before, buffers, strict=True):
@@ -79,7 +99,7 @@ def train_supervised(
 
     progress = run(
         stage=stage,
-        trainee=Trainee(modules={"model": module}, optimizers={"adam": adam}),
+        trainee=Trainee(modules=modules, optimizers={"adam": adam}),
         step=step,
         steps=steps,
         start=start,

@@ -59,7 +59,7 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
     methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspectAdaptation)  # told below
-        evaluations = run.evaluate_all(methods, split, name="test")
+        evaluations = run.evaluate_all(methods, split, run.protocol, name="test")
     if not run.world.is_first:
         return
     settings, dataset = run.config.evaluation, run.dataset

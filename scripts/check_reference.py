@@ -35,6 +35,7 @@ from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import Network, PooledDenseNet
 from dmoe.models.student import Student
 from dmoe.optimizers import ScheduledAdam
+from dmoe.protocols import Protocol
 from dmoe.published import AGGREGATOR, STUDENT
 from dmoe.tasks import Task
 
@@ -206,7 +207,7 @@ def _adaptation(name: str, file: Reference, method: GradientMethod) -> dict[str,
         task=task,
     )
     support_size = split.sizes["d0.b0"]
-    found = evaluate(adapter, split.as_target(name, task), "target", support_size=support_size, batch_size=support_size)
+    found = evaluate(adapter, split.as_target(name, task), "target", Protocol(support_size), batch_size=support_size)
     metrics = {"acc": found.overall["accuracy"]}
     if task.kind == "multiclass":
         metrics |= {"mean_domain_acc": found.mean, "macro_f1": found.overall["macro_f1"]}

@@ -148,6 +148,19 @@ def test_every_domain_starts_from_the_same_student(parts: Parts) -> None:
     assert torch.equal(adapter.student.logits(fresh), unadapted)
 
 
+def test_adapting_goes_on_from_a_student_that_was_returned_before(parts: Parts) -> None:
+    """As many inner steps towards the same target, in two calls or in one; with known tokens too."""
+    x, fresh, tokens = batch(), batch(), torch.randn(5, 2, D, dtype=torch.float64)
+    two, three, five = (parts.adapter(inner_steps=steps, inner_lr=0.05) for steps in (2, 3, 5))
+    for known in (None, tokens):
+        first = two.adapt(x, tokens=known)
+        before = first.logits(fresh)
+        found = three.adapt(x, tokens=known, start=first).logits(fresh)
+        assert torch.equal(found, five.adapt(x, tokens=known).logits(fresh))
+        assert torch.equal(first.logits(fresh), before), "the student gone on from stays as it is"
+        assert not torch.allclose(found, before)
+
+
 def test_an_adapted_student_is_not_changed_by_the_next_adaptation(parts: Parts) -> None:
     adapter, fresh = parts.adapter(), batch()
     student = adapter.adapt(batch())
@@ -304,6 +317,14 @@ def test_falling_back_gives_the_unadapted_student_with_the_diagnosis(parts: Part
     assert adapter.student.diagnosis == Diagnosis(), "the adapter's own student stays as it is"
     trusting = parts.adapter(ranges=ranges(NEVER), on_suspect="fall_back")
     assert torch.equal(trusting.adapt(x).logits(fresh), parts.adapter().adapt(x).logits(fresh))
+
+
+def test_gone_on_from_a_student_the_fall_back_is_that_student(parts: Parts) -> None:
+    x, fresh = batch(), batch()
+    start = parts.adapter().adapt(fresh)
+    found = parts.adapter(ranges=ranges(ALWAYS), on_suspect="fall_back").adapt(x, start=start)
+    assert found.diagnosis.suspect
+    assert torch.equal(found.logits(fresh), start.logits(fresh))
 
 
 def test_only_the_suspect_of_many_domains_falls_back(parts: Parts) -> None:

@@ -31,6 +31,7 @@ from dmoe.meta.training import meta_train
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, SmallConv
+from dmoe.protocols import Protocol
 from dmoe.run_folder import Stage
 from dmoe.tasks import Task
 from dmoe.tokens import build_store
@@ -202,7 +203,7 @@ class ByColour:
 
     diagnosis = Diagnosis()
 
-    def adapt(self, images: Tensor) -> Any:
+    def adapt(self, images: Tensor, *, start: Any = None) -> Any:
         return self
 
     def logits(self, images: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def _evaluated(world: World) -> Tensor:
         class_names=["a", "b", "c"],
         fingerprint="",
     )
-    return evaluate(ByColour(), dataset, "target", support_size=2, batch_size=3, world=world).predictions
+    return evaluate(ByColour(), dataset, "target", Protocol(2), batch_size=3, world=world).predictions
 
 
 def test_domains_of_an_evaluation_are_shared_out_and_all_predictions_come_back() -> None:

@@ -14,6 +14,7 @@ from dmoe.data.transforms import ImageTransform
 from dmoe.diagnosis import Diagnosis, Range
 from dmoe.evaluation import Evaluation, WithTokens, evaluate, evaluate_all
 from dmoe.models.student import Student
+from dmoe.protocols import Protocol
 from dmoe.tasks import Task
 
 TASK = Task("multiclass", num_outputs=3)
@@ -52,7 +53,7 @@ class Recorder:
     def __init__(self) -> None:
         self.supports: list[list[int]] = []
 
-    def adapt(self, images: Tensor) -> Student:
+    def adapt(self, images: Tensor, *, start: Student | None = None) -> Student:
         self.supports.append(images.flatten().int().tolist())
         return cast(Student, Guess(images))
 
@@ -62,9 +63,12 @@ def dataset(split: DomainSplit, task: Task = TASK, **facts: Any) -> DomainDatase
     return DomainDataset("numbers", {"target": split}, task, transform, class_names=(), fingerprint="", **facts)
 
 
-def evaluated(method: Recorder | None = None, *, support_size: int = 2, batch_size: int = 3, **settings: Any) -> Evaluation:
+def evaluated(
+    method: Recorder | None = None, *, support_size: int = 2, batch_size: int = 3, workers: int = 0, **protocol: Any
+) -> Evaluation:
     numbers = dataset(Numbered())
-    return evaluate(method or Recorder(), numbers, "target", support_size=support_size, batch_size=batch_size, **settings)
+    found = Protocol(support_size, **protocol)
+    return evaluate(method or Recorder(), numbers, "target", found, batch_size=batch_size, workers=workers)
 
 
 def guesses(offsets: Mapping[int, int]) -> Tensor:
@@ -140,11 +144,11 @@ def test_predictions_of_a_regression_are_values() -> None:
             return images.flatten(1) / 2
 
     class Method:
-        def adapt(self, images: Tensor) -> Student:
+        def adapt(self, images: Tensor, *, start: Student | None = None) -> Student:
             return cast(Student, Half())
 
     values = dataset(Numbered(labels=torch.arange(10) / 2 + torch.tensor([1, -1] * 5)), Task("regression", num_outputs=1))
-    found = evaluate(Method(), values, "target", support_size=1, batch_size=4)
+    found = evaluate(Method(), values, "target", Protocol(1), batch_size=4)
     assert found.predictions.tolist() == [i / 2 for i in range(10)]
     assert found.overall["mse"] == pytest.approx(1)
     assert found.score == found.overall["r"]
@@ -152,12 +156,12 @@ def test_predictions_of_a_regression_are_values() -> None:
 
 def test_diagnoses_of_domains_are_kept_where_there_are_ranges() -> None:
     class Watched(Recorder):
-        def adapt(self, images: Tensor) -> Student:
+        def adapt(self, images: Tensor, *, start: Student | None = None) -> Student:
             guess = Guess(images)
             guess.diagnosis = Diagnosis({"a": float(guess.offset)}, {"a": Range(0.0, 2.0)}, images=len(images))
             return cast(Student, guess)
 
-    found = evaluate_all({"plain": Recorder(), "watched": Watched()}, dataset(Numbered()), "target", support_size=2, batch_size=3)
+    found = evaluate_all({"plain": Recorder(), "watched": Watched()}, dataset(Numbered()), "target", Protocol(2), batch_size=3)
     assert found["plain"].diagnoses == {}
     assert {domain: one.suspect for domain, one in found["watched"].diagnoses.items()} == {2: False, 7: False, 30: True}
     assert torch.equal(found["watched"].predictions, found["plain"].predictions)
@@ -171,7 +175,7 @@ def test_the_data_set_may_have_metrics_of_its_own() -> None:
         return {"first": 0.25, "second": 0.5}
 
     numbers = dataset(Numbered(), official_metrics=official, selection_metric="second")
-    found = evaluate(Recorder(), numbers, "target", support_size=2, batch_size=3)
+    found = evaluate(Recorder(), numbers, "target", Protocol(2), batch_size=3)
     assert found.overall == {"first": 0.25, "second": 0.5}
     assert found.score == 0.5
     assert found.mean == evaluated().mean, "domains are judged by the task's metrics all the same"
@@ -200,8 +204,8 @@ def test_several_methods_share_one_reading_of_the_images() -> None:
             return super().images(index, view=view, draw=draw)
 
     alone, shared = Counting(), Counting()
-    one = evaluate(Recorder(), dataset(alone), "target", support_size=2, batch_size=3)
-    found = evaluate_all({"a": Recorder(), "b": Recorder()}, dataset(shared), "target", support_size=2, batch_size=3)
+    one = evaluate(Recorder(), dataset(alone), "target", Protocol(2), batch_size=3)
+    found = evaluate_all({"a": Recorder(), "b": Recorder()}, dataset(shared), "target", Protocol(2), batch_size=3)
     assert shared.read == alone.read == 10 + 2 + 2 + 1
     assert list(found) == ["a", "b"]
     assert all(torch.equal(evaluation.predictions, one.predictions) for evaluation in found.values())
@@ -213,7 +217,7 @@ def test_stored_tokens_handed_over_are_those_of_the_support_images(support_from:
         def __init__(self) -> None:
             self.tokens: list[list[int]] = []
 
-        def adapt(self, images: Tensor, *, tokens: Tensor | None = None) -> Student:
+        def adapt(self, images: Tensor, *, tokens: Tensor | None = None, start: Student | None = None) -> Student:
             assert tokens is not None
             assert torch.equal(tokens.flatten(), 100 * images.flatten())
             self.tokens.append(tokens.flatten().int().tolist())
@@ -221,5 +225,5 @@ def test_stored_tokens_handed_over_are_those_of_the_support_images(support_from:
 
     told = Told()
     stored = WithTokens(told, lambda index: 100 * index.float().view(-1, 1, 1))
-    evaluate(stored, dataset(Numbered()), "target", support_size=2, batch_size=3, support_from=support_from)
+    evaluate(stored, dataset(Numbered()), "target", Protocol(2, support_from=support_from), batch_size=3)
     assert len(told.tokens) == 3

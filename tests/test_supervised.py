@@ -14,7 +14,7 @@ from dmoe.config import Duration, TrainingConfig
 from dmoe.data.streams import EpochOrder
 from dmoe.loop import Progress
 from dmoe.run_folder import Stage
-from dmoe.supervised import train_supervised
+from dmoe.supervised import task_loss, train_supervised
 from dmoe.tasks import Task
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -54,6 +54,8 @@ def train(
     seed: int = 1,
     training: TrainingConfig = TRAINING,
     scored: bool = True,
+    objective: "Prior | None" = None,
+    restart_at: int | None = None,
 ) -> tuple[Progress, dict[str, Tensor]]:
     passes = iter(range(1000))
 
@@ -66,21 +68,41 @@ def train(
         with torch.no_grad():
             return -F.cross_entropy(module(INPUTS), LABELS).item()
 
+    of_task = task_loss(logits, Task("multiclass", num_outputs=3), precision=training.precision, device=torch.device("cpu"))
+
+    def loss(step: int, inputs: Tensor, labels: Tensor) -> Tensor:
+        found = of_task(step, inputs, labels)
+        return found if objective is None else objective(found)
+
     stage = Stage(folder, {"seed": seed})
     progress = train_supervised(
         stage=stage,
         module=module,
-        logits=logits,
+        loss=loss,
         batch=batch,
         steps_per_epoch=ORDER.steps_per_epoch,
-        task=Task("multiclass", num_outputs=3),
         training=training,
         evaluate=evaluate if scored else None,
         checkpoint_every=3,
         seed=seed,
         device=torch.device("cpu"),
+        objective=objective,
+        restart_at=restart_at,
     )
     return progress, load_tensors(stage.weights)[0]
+
+
+class Prior(nn.Module):
+    """An objective that learns a factor, and remembers the mean of the losses so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("remembered", torch.tensor(0.0))
+
+    def forward(self, loss: Tensor) -> Tensor:
+        self.remembered.mul_(0.9).add_(0.1 * loss.detach())
+        return loss * self.factor.exp() - self.remembered * self.factor
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -96,6 +118,38 @@ def test_cut_off_and_resumed_with_dropout_is_bit_equal(tmp_path: Path, step: int
     resumed_progress, resumed = train(tmp_path / "cut", network())
     assert equal(resumed, weights)
     assert resumed_progress.scores == progress.scores
+
+
+@pytest.mark.parametrize("step", [2, 3, 7, 8])
+def test_an_objective_with_weights_and_state_is_trained_kept_and_resumed(tmp_path: Path, step: int) -> None:
+    _, weights = train(tmp_path / "undisturbed", network(), objective=Prior(), scored=False)
+    assert weights["objective.factor"] != 1 and weights["objective.remembered"] != 0
+    with pytest.raises(CutOffError):
+        train(tmp_path / "cut", network(), cut_before=step, objective=Prior(), scored=False)
+    assert equal(train(tmp_path / "cut", network(), objective=Prior(), scored=False)[1], weights)
+
+
+@pytest.mark.parametrize("step", [7, 8, 11])
+def test_cut_off_near_a_restart_of_the_optimizer_and_resumed_is_bit_equal(tmp_path: Path, step: int) -> None:
+    _, weights = train(tmp_path / "undisturbed", network(), restart_at=8)
+    with pytest.raises(CutOffError):
+        train(tmp_path / "cut", network(), cut_before=step, restart_at=8)
+    assert equal(train(tmp_path / "cut", network(), restart_at=8)[1], weights)
+
+
+def test_after_a_restart_the_optimizer_knows_nothing_of_the_gradients_before(tmp_path: Path) -> None:
+    module = network(dropout=0.0)
+    module.train()
+    for steps in (range(6), range(6, 15)):
+        adam = torch.optim.Adam(module.parameters(), lr=0.02, fused=True)
+        for step in steps:
+            inputs, labels = batch(step)
+            adam.zero_grad()
+            F.cross_entropy(module(inputs), labels).backward()
+            adam.step()
+    _, weights = train(tmp_path, network(dropout=0.0), training=CONSTANT, scored=False, restart_at=6)
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(weights[f"model.{name}"], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_dropout_is_on_in_training_and_depends_on_the_seed(tmp_path: Path) -> None:

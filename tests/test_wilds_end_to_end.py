@@ -33,6 +33,7 @@ from dmoe.data.registry import load_dataset
 from dmoe.data.wilds_import import fractional_seconds, wilds
 from dmoe.evaluation import Evaluation, Method
 from dmoe.models.torchvision_import import torchvision
+from dmoe.protocols import Protocol
 from dmoe.stages import Run
 from scripts import make_wilds_sample
 
@@ -552,9 +553,9 @@ def test_published_checkpoints_are_tested_as_a_straight_line_of_torch_does(
     methods: dict[str, Method] = {}
     original = Run.evaluate_all
 
-    def watched(run: Run, tested: Mapping[str, Method], split: str, **protocol: Any) -> dict[str, Evaluation]:
+    def watched(run: Run, tested: Mapping[str, Method], split: str, protocol: Protocol, **more: Any) -> dict[str, Evaluation]:
         methods.update(tested)
-        return original(run, tested, split, **protocol)
+        return original(run, tested, split, protocol, **more)
 
     monkeypatch.setattr(Run, "evaluate_all", watched)
     words = [f"data.image_size={SIZE}", "data.workers=0", f"meta.inner_lr={INNER_LR[name]}", "experts.backbone.weights=none"]

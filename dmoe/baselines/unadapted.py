@@ -11,5 +11,5 @@ class Unadapted:
     def __init__(self, student: Student) -> None:
         self._student = student
 
-    def adapt(self, images: Tensor) -> Student:
-        return self._student
+    def adapt(self, images: Tensor, *, start: Student | None = None) -> Student:
+        return start or self._student

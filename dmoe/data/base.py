@@ -29,6 +29,8 @@ class DomainSplit(ABC):
             where episodes use finer domains than experts do, it is the coarser of the two.
         domain_names: a readable name of each number in ``domains``.
         views: how many stored views an image has; view 0 is the image as it is.
+        descriptors: numbers ``[n]`` that describe each domain, where the maker of the data set knows any; about as large as the
+            values of an image.
     """
 
     labels: Tensor
@@ -36,6 +38,7 @@ class DomainSplit(ABC):
     group_domains: Tensor
     domain_names: Mapping[int, str]
     views: int = 1
+    descriptors: Mapping[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,7 +95,7 @@ class FirstImages(DomainSplit):
         self._kept = torch.cat([members[:count] for members in split.members.values()]).sort().values
         self.labels, self.domains = split.labels[self._kept], split.domains[self._kept]
         self.group_domains, self.domain_names = split.group_domains[self._kept], split.domain_names
-        self.views = split.views
+        self.views, self.descriptors = split.views, split.descriptors
 
     def name(self, number: int) -> str:
         return self._split.name(int(self._kept[number]))
@@ -173,6 +176,11 @@ class DomainDataset:
     def image_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)``."""
         return self.transform.image_shape
+
+    def with_more_channels(self, count: int) -> "DomainDataset":
+        """The same for networks that take ``count`` further channels, which somebody else puts behind those of an image."""
+        channels, height, width = self.image_shape
+        return replace(self, transform=replace(self.transform, image_shape=(channels + count, height, width)))
 
     def with_fewer_source_images(self, per_domain: int) -> "DomainDataset":
         """The same with the first ``per_domain`` images of each source domain only."""

@@ -49,6 +49,12 @@ class Scanner(NamedTuple):
         """The scanner's domain number: twice its angle, one more where it mirrors."""
         return 2 * self.angle + int(self.mirrored)
 
+    @property
+    def descriptor(self) -> Tensor:
+        """Cosine and sine of the angle, and 1 where it mirrors: ``[3]``."""
+        angle = math.radians(self.angle)
+        return torch.tensor([math.cos(angle), math.sin(angle), float(self.mirrored)])
+
     def __str__(self) -> str:
         return f"{self.angle} degrees{', mirrored' if self.mirrored else ''}"
 
@@ -88,6 +94,7 @@ class Scans(DomainSplit):
         self.domains = torch.tensor([s.number for s in scanners]).repeat_interleave(count)
         self.group_domains = self.domains
         self.domain_names = {s.number: str(s) for s in scanners}
+        self.descriptors = {s.number: s.descriptor for s in scanners}
         self._stored: Tensor | None = None
 
     def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """What a step trains on, as a pure function of the step: any step can be asked for, in any order, by any process."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dmoe.data.base import DomainSplit
 from dmoe.data.readers import read_ahead
+from dmoe.errors import DoesNotApply, UserError
 from dmoe.randomness import Key, generator, seed_of
 
 Batch = TypeVar("Batch")
@@ -58,23 +60,74 @@ def stored_images(
         yield split.finish(pixels.to(device, non_blocking=True))
 
 
-class SupervisedBatches:
-    """Freshly augmented images and labels of some members of a split, by step.
+class _Batches(ABC):
+    """Freshly augmented images of a split, with labels and domains, by step.
 
     Attributes:
-        steps_per_epoch: of this many images.
+        steps_per_epoch: of as many images as there are to choose from.
     """
 
+    steps_per_epoch: int
+
+    def __init__(self, split: DomainSplit, key: tuple[Key, ...]) -> None:
+        self._split, self._key = split, key
+
+    @abstractmethod
+    def index(self, step: int) -> Tensor:
+        """Image numbers ``[B]``."""
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels, for the split's ``finish``, labels ``[B]`` and domains ``[B]``."""
+        index = self.index(step)
+        pixels = self._split.pixels(index, draw=seed_of(*self._key, "draw", step))
+        return pixels, self._split.labels[index], self._split.domains[index]
+
+
+class SupervisedBatches(_Batches):
+    """Images of some members of a split, each once an epoch."""
+
     def __init__(self, split: DomainSplit, members: Tensor, *, batch_size: int, key: tuple[Key, ...]) -> None:
-        self._split, self._members, self._key = split, members, key
+        super().__init__(split, key)
+        self._members = members
         self._order = EpochOrder(len(members), batch_size, *key)
         self.steps_per_epoch = self._order.steps_per_epoch
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Pixels, for the split's ``finish``, and labels ``[B]``."""
-        index = self.index(step)
-        return self._split.pixels(index, draw=seed_of(*self._key, "draw", step)), self._split.labels[index]
+    def index(self, step: int) -> Tensor:
+        return self._members[self._order[step]]
+
+
+class DomainBatches(_Batches):
+    """Images of some domains at a time, which are drawn at random, and equally many of each.
+
+    A step takes no domain twice, and no image of it twice unless the domain has too few.
+    """
+
+    def __init__(self, split: DomainSplit, members: Tensor, *, batch_size: int, domains: int, key: tuple[Key, ...]) -> None:
+        """
+        Args:
+            batch_size: images in a step; what cannot be shared out equally is left away.
+            domains: how many a step has; all, where there are fewer.
+
+        Raises:
+            UserError: the members are of one domain only, or a step has fewer than two images of each.
+        """
+        super().__init__(split, key)
+        self._members = [members[split.domains[members] == domain] for domain in split.domains[members].unique()]
+        self._domains = min(domains, len(self._members))
+        self._each = batch_size // max(1, self._domains)
+        if self._domains < 2:
+            raise DoesNotApply("domains: batches are to compare source domains, and there is one only")
+        if self._each < 2:
+            raise UserError(f"batch_size: must be at least {2 * self._domains}, two images of each domain, got {batch_size}")
+        self.steps_per_epoch = max(1, len(members) // (self._domains * self._each))
 
     def index(self, step: int) -> Tensor:
-        """Image numbers ``[B]``."""
-        return self._members[self._order[step]]
+        random = generator(*self._key, "domains", step)
+        chosen = torch.randperm(len(self._members), generator=random)[: self._domains].tolist()
+        return torch.cat([_some(self._members[domain], self._each, random) for domain in chosen])
+
+
+def _some(members: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """So many of them at random; none comes twice before each has come once."""
+    orders = [members[torch.randperm(len(members), generator=random)] for _ in range(-(-count // len(members)))]
+    return torch.cat(orders)[:count]

@@ -28,7 +28,7 @@ from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import in_layout
 from dmoe.run_folder import RunFolder, Stage
 from dmoe.stages import Run
-from dmoe.supervised import train_supervised
+from dmoe.supervised import task_loss, train_supervised
 from dmoe.tokens import build_store
 from scripts.benchmarks import published as plain
 from scripts.benchmarks.measuring import Make, Place, Step
@@ -109,10 +109,9 @@ def our_steps(demo: Demo) -> Step:
             train_supervised(
                 stage=Stage(Path(folder) / "aggregator", {}),
                 module=demo.aggregator,
-                logits=demo.aggregator.logits,
+                loss=task_loss(demo.aggregator.logits, run.dataset.task, precision="float32", device=run.device),
                 batch=batch,
                 steps_per_epoch=demo.order.steps_per_epoch,
-                task=run.dataset.task,
                 training=config.aggregator.training.model_copy(update={"duration": Duration(demo.aggregator_steps, "steps")}),
                 evaluate=None,
                 checkpoint_every=NEVER,

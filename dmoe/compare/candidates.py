@@ -1,0 +1,339 @@
+"""The methods of a comparison: the names that people know them by, their papers, the settings that are tried, and how each is made.
+
+Settings are a few around the published ones; what they mean is said where the method is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dmoe.adaptation import Adapter
+from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix
+from dmoe.baselines.batch_statistics import BatchStatistics
+from dmoe.baselines.eata import Eata
+from dmoe.baselines.lame import Lame
+from dmoe.baselines.memo import Memo
+from dmoe.baselines.sar import Sar
+from dmoe.baselines.shot_im import ShotIm
+from dmoe.baselines.t3a import T3a
+from dmoe.baselines.tent import Tent
+from dmoe.baselines.unadapted import Unadapted
+from dmoe.compare import training
+from dmoe.config import NO_STEPS, Duration, TrainingConfig
+from dmoe.errors import UserError
+from dmoe.evaluation import Method
+from dmoe.meta.learner import ZeroTarget
+from dmoe.meta_stage import meta_train_student
+from dmoe.model import build_adapter, build_aggregator, load_as
+from dmoe.models.networks import Network
+from dmoe.models.student import Student
+from dmoe.randomness import generator
+from dmoe.run_folder import Stage
+from dmoe.stages import Run, load_experts, make_tokens, pretrain_student
+
+Settings = Mapping[str, Any]
+
+FISHER_IMAGES = 2000
+"""Source images of EATA, as published."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a method is given, and where and for how long it is trained, if it is.
+
+    Attributes:
+        run: a finished run, whose student, data and budget the method has.
+        stage: of the comparison of this method; trainings are folders in it.
+        name: of the training.
+        duration: of the training.
+    """
+
+    run: Run
+    stage: Stage
+    name: str = ""
+    duration: Duration = NO_STEPS
+
+    def training(self, *, lr: float | None = None) -> TrainingConfig:
+        """As the student's own, but for its length and perhaps its learning rate."""
+        own, steps = self.run.config.student.training, self.duration.steps(1)
+        optimizer = own.optimizer.model_copy(update={} if lr is None else {"lr": lr})
+        every = Duration(max(1, -(-steps // 4)), "steps")
+        return own.model_copy(update={"duration": self.duration, "evaluate_every": every, "optimizer": optimizer})
+
+    def place(self, settings: Settings) -> Stage:
+        """The stage of the training."""
+        inputs = self.run.facts("student", settings=dict(settings), steps=str(self.duration))
+        return self.run.folder.stage(f"{self.stage.name}/{self.name}", inputs)
+
+    @property
+    def training_seconds(self) -> float | None:
+        """CPU seconds that the training took; None where nothing was trained."""
+        manifest = self.stage.folder / self.name / "manifest.json"
+        return float(read_json(manifest)["figures"]["cpu_seconds"]) if manifest.is_file() else None
+
+    def pretrained(self) -> Network:
+        """The run's student as supervised training left it."""
+        return pretrain_student(self.run, only_load=True)
+
+    def erm(self) -> Student:
+        """The student that test-time methods adapt: trained plainly, for as long as everything of ours together.
+
+        Raises:
+            UserError: it is not there yet.
+        """
+        run, stage = self.run, self.run.folder.stage("compare/erm/full", {})
+        if not stage.manifest.is_file():
+            raise UserError(f"{stage.folder}: the ERM student to adapt is not trained yet: compare erm first")
+        network = run.network(run.config.student_backbone, "student", to_train=False)
+        load_into(network, under_prefix("model", load_tensors(stage.weights)[0]), where=str(stage.weights))
+        return Student(features=network.features, head=network.head, task=run.dataset.task)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that is compared.
+
+    Attributes:
+        name: as printed.
+        paper: where it was published.
+        make: the method with some settings, trained if it needs to be; raises ``DoesNotApply`` where it is none for the task,
+            the network or the data set.
+        tried: settings, the published or usual ones first.
+        adapts_erm: at test time, to the domain, the ERM student that was trained as long as everything of ours together.
+        by_image: it treats each image by itself, so that protocols change nothing but what is scored.
+        beside: stages of the run that its training goes on from, whose CPU time counts as its own.
+        seen: the run as the method sees it.
+    """
+
+    name: str
+    paper: str
+    make: Callable[[Trial, Settings], Method]
+    tried: Sequence[Settings] = ({},)
+    adapts_erm: bool = False
+    by_image: bool = False
+    beside: Sequence[str] = ()
+    seen: Callable[[Run], Run] = lambda run: run
+
+
+def _erm(trial: Trial, settings: Settings) -> Method:
+    return training.train_erm(trial.run, trial.place(settings), training=trial.training(**settings))
+
+
+def _coral(trial: Trial, settings: Settings) -> Method:
+    return training.train_coral(trial.run, trial.place(settings), training=trial.training(), **settings)
+
+
+def _irm(trial: Trial, settings: Settings) -> Method:
+    steps = round(settings["annealed"] * trial.duration.steps(1))
+    return training.train_irm(
+        trial.run,
+        trial.place(settings),
+        training=trial.training(),
+        penalty=settings["penalty"],
+        anneal_steps=steps,
+        domains=settings["domains"],
+    )
+
+
+def _arm_cml(trial: Trial, settings: Settings) -> Method:
+    chosen = {key: value for key, value in settings.items() if key != "lr"}
+    own = trial.training(lr=settings["lr"])
+    return training.train_arm_cml(trial.run, trial.place(settings), training=own, pretrained=trial.pretrained(), **chosen)
+
+
+def _arm_bn(trial: Trial, settings: Settings) -> Method:
+    own = trial.training(lr=settings["lr"])
+    place, domains = trial.place(settings), settings["domains"]
+    return training.train_arm_bn(trial.run, place, training=own, domains=domains, pretrained=trial.pretrained())
+
+
+def _arm_ll(trial: Trial, settings: Settings) -> Method:
+    chosen = {key: value for key, value in settings.items() if key != "lr"}
+    own = trial.training(lr=settings["lr"])
+    return training.train_arm_ll(trial.run, trial.place(settings), training=own, pretrained=trial.pretrained(), **chosen)
+
+
+def _oracle(trial: Trial, settings: Settings) -> Method:
+    return training.train_oracle(trial.run, trial.place(settings), training=trial.training(**settings))
+
+
+def _eata(trial: Trial, settings: Settings) -> Method:
+    source = trial.run.source
+    chosen = torch.randperm(len(source), generator=generator(trial.run.config.seed, "eata"))[:FISHER_IMAGES]
+    return Eata(trial.erm(), source=source.images(chosen), **settings)
+
+
+def _ours(trial: Trial, settings: Settings) -> Adapter:
+    run = trial.run
+    times = settings.get("inner_lr_times", 1.0)
+    update = {"inner_lr": times * run.config.meta.inner_lr, "inner_steps": settings.get("inner_steps", run.config.meta.inner_steps)}
+    config = run.config.model_copy(update={"meta": run.config.meta.model_copy(update=update)})
+    adapter = load_as(run.folder, config, device=run.device)
+    adapter.ranges = None  # nothing is to be told, or to fall back to, where supports are small or from elsewhere
+    return adapter
+
+
+def _before(trial: Trial, settings: Settings) -> Method:
+    return Unadapted(_ours(trial, settings).student)
+
+
+def _zeros(trial: Trial, settings: Settings) -> Method:
+    """Trained by the run's own meta-training, but for the target; the trial is the whole training, of which there is one."""
+    run = trial.run
+    run = replace(run, config=run.config.model_copy(update={"meta": run.config.meta.model_copy(update={"target": "zeros"})}))
+    experts, student, task = load_experts(run), trial.pretrained(), run.dataset.task
+    aggregator = build_aggregator(run.config.aggregator, width=student.width, num_outputs=task.num_outputs).to(run.device)
+    meta_train_student(run, make_tokens(run, experts), experts, aggregator, student, name=f"{trial.stage.name}/full")
+    return build_adapter(run.config, task, experts=experts, aggregator=ZeroTarget(), student=student, kind=Adapter)
+
+
+LRS: Sequence[Settings] = ({}, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 6e-3}, {"lr": 1e-2}, {"lr": 3e-2})
+"""{}: as the run trains its student."""
+
+ARM_PAPER = "Zhang et al., NeurIPS 2021"
+
+CANDIDATES: Mapping[str, Candidate] = {
+    "erm": Candidate("ERM", "Vapnik, 1998", _erm, LRS, by_image=True),
+    "coral": Candidate(
+        "CORAL",
+        "Sun & Saenko, ECCV 2016",
+        _coral,
+        [{"penalty": penalty, "domains": 4} for penalty in (1.0, 0.1, 0.3, 3.0, 10.0, 0.03)],
+        by_image=True,
+    ),
+    "irm": Candidate(
+        "IRM",
+        "Arjovsky et al., 2019",
+        _irm,
+        [
+            {"penalty": p, "annealed": a, "domains": 4}
+            for p, a in ((100, 0.1), (1, 0.1), (10, 0.1), (10, 0.5), (100, 0.5), (1000, 0.5))
+        ],
+        by_image=True,
+    ),
+    "arm_cml": Candidate(
+        "ARM-CML",
+        ARM_PAPER,
+        _arm_cml,
+        [
+            {"lr": lr, "domains": domains, "context_channels": 12, "context_width": 32, "kernel_size": 5}
+            for lr, domains in ((3e-3, 2), (1e-3, 2), (1e-2, 2), (3e-3, 4), (1e-3, 4), (1e-2, 4))
+        ],
+        beside=["student"],
+    ),
+    "arm_bn": Candidate(
+        "ARM-BN",
+        ARM_PAPER,
+        _arm_bn,
+        [{"lr": lr, "domains": domains} for lr, domains in ((3e-3, 2), (1e-3, 2), (1e-2, 2), (3e-3, 4), (1e-3, 4), (1e-2, 4))],
+        beside=["student"],
+    ),
+    "arm_ll": Candidate(
+        "ARM-LL",
+        ARM_PAPER,
+        _arm_ll,
+        [
+            {"lr": lr, "domains": 2, "inner_lr": inner_lr, "loss_width": 32}
+            for lr, inner_lr in ((3e-3, 0.1), (1e-3, 0.1), (1e-2, 0.1), (3e-3, 0.01), (3e-3, 1.0), (1e-2, 1.0))
+        ],
+        beside=["student"],
+    ),
+    "batch_statistics": Candidate(
+        "batch statistics", "Nado et al., 2020", lambda trial, _: BatchStatistics(trial.erm()), adapts_erm=True
+    ),
+    "mixed_statistics": Candidate(
+        "mixed statistics",
+        "Schneider et al., NeurIPS 2020",
+        lambda trial, settings: BatchStatistics(trial.erm(), **settings),
+        [{"source_weight": weight} for weight in (16, 4, 32, 64, 128, 256)],
+        adapts_erm=True,
+    ),
+    "tent": Candidate(
+        "TENT",
+        "Wang et al., ICLR 2021",
+        lambda trial, settings: Tent(trial.erm(), **settings),
+        [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 1), (1e-3, 10), (3e-3, 10), (1e-2, 10), (3e-3, 30), (1e-2, 30))],
+        adapts_erm=True,
+    ),
+    "shot_im": Candidate(
+        "SHOT-IM",
+        "Liang et al., ICML 2020",
+        lambda trial, settings: ShotIm(trial.erm(), **settings),
+        [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 15), (1e-2, 15), (3e-3, 15), (1e-2, 5), (3e-2, 15), (1e-2, 30))],
+        adapts_erm=True,
+    ),
+    "t3a": Candidate(
+        "T3A",
+        "Iwasawa & Matsuo, NeurIPS 2021",
+        lambda trial, settings: T3a(trial.erm(), **settings),
+        [{"supports_per_class": count} for count in (20, 1, 3, 5, 10, 100)],
+        adapts_erm=True,
+    ),
+    "memo": Candidate(
+        "MEMO",
+        "Zhang et al., NeurIPS 2022",
+        lambda trial, settings: Memo(trial.erm(), **settings),
+        [{"lr": lr, "augmentations": count} for lr, count in ((5e-3, 8), (1e-3, 8), (2e-2, 8), (5e-2, 8), (5e-3, 16), (2e-2, 16))],
+        adapts_erm=True,
+        by_image=True,
+    ),
+    "lame": Candidate(
+        "LAME",
+        "Boudiaf et al., CVPR 2022",
+        lambda trial, settings: Lame(trial.erm(), **settings),
+        [
+            {"affinity": kind, "neighbours": count}
+            for kind, count in (("knn", 5), ("knn", 3), ("knn", 1), ("knn", 10), ("rbf", 5), ("rbf", 1))
+        ],
+        adapts_erm=True,
+    ),
+    "eata": Candidate(
+        "EATA",
+        "Niu et al., ICML 2022",
+        _eata,
+        [
+            {"lr": lr, "steps": steps, "redundant": redundant, "fisher_weight": weight}
+            for lr, steps, redundant, weight in (
+                (5e-3, 1, 0.4, 1.0),
+                (5e-3, 10, 0.4, 1.0),
+                (2e-2, 10, 0.4, 1.0),
+                (5e-3, 10, 0.8, 1.0),
+                (2e-2, 10, 0.8, 100.0),
+                (2e-2, 30, 0.8, 1.0),
+            )
+        ],
+        adapts_erm=True,
+    ),
+    "sar": Candidate(
+        "SAR",
+        "Niu et al., ICLR 2023",
+        lambda trial, settings: Sar(trial.erm(), **settings),
+        [
+            {"lr": lr, "steps": steps, "recovery": recovery}
+            for lr, steps, recovery in (
+                (2.5e-4, 1, 0.2),
+                (1e-3, 1, 0.2),
+                (1e-2, 1, 0.02),
+                (1e-3, 10, 0.02),
+                (1e-2, 10, 0.02),
+                (3e-2, 10, 0.02),
+            )
+        ],
+        adapts_erm=True,
+    ),
+    "meta_dmoe": Candidate(
+        "Meta-DMoE",
+        "Zhong et al., NeurIPS 2022",
+        _ours,
+        [
+            {"inner_lr_times": times, "inner_steps": steps}
+            for times, steps in ((1.0, 1), (0.5, 1), (0.75, 1), (1.5, 1), (0.5, 2), (1.0, 2))
+        ],
+    ),
+    "before": Candidate("Meta-DMoE before adapting", "Zhong et al., NeurIPS 2022", _before, by_image=True),
+    "zeros": Candidate("Meta-DMoE, target of zeros", "our control", _zeros, beside=["student"]),
+    "oracle": Candidate("oracle: told the domain", "our control", _oracle, LRS, by_image=True, seen=training.told_run),
+}
+"""By short names, in the order of the table."""

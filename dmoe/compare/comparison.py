@@ -1,0 +1,62 @@
+"""All methods on several seeds, by several processes; and what they found, in one file.
+
+A comparison folder holds a run folder ``seed_N`` for each seed, ``logs``, ``results.jsonl``, and in ``evidence.json`` what the
+report shows beside numbers.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmoe.artifacts import written_whole
+from dmoe.compare.candidates import CANDIDATES
+from dmoe.compare.tasks import Task, run_tasks
+from dmoe.compare.work import order_of, read_rows
+from dmoe.console import say
+from dmoe.run_folder import RunFolder
+
+RESULTS = "results.jsonl"
+
+
+def compare(folder: Path, seeds: Sequence[int], *, run: Sequence[str], flags: Sequence[str], at_once: int) -> None:
+    """Make what is not finished yet: a run a seed, then every method, then the report.
+
+    Args:
+        folder: of the comparison.
+        run: arguments of the interpreter that make a whole run, but for seed and folder.
+        flags: of the command line that every process is given.
+        at_once: processes.
+
+    Raises:
+        UserError: some of it failed; what is finished is in ``results.jsonl`` all the same.
+    """
+    tasks = {name_of(seed): Task([*run, *flags, "--seed", str(seed), "--run_dir", str(folder / name_of(seed))]) for seed in seeds}
+    for seed in seeds:
+        place = folder / name_of(seed)
+        for key, candidate in CANDIDATES.items():
+            needs = [name_of(seed)]
+            needs += [f"{name_of(seed)}_erm"] if candidate.adapts_erm else []
+            needs += [f"{name_of(seeds[0])}_{key}"] if seed != seeds[0] else []
+            words = ["--run_dir", str(place), "--method", key, "--chosen_by", str(folder / name_of(seeds[0]))]
+            tasks[f"{name_of(seed)}_{key}"] = Task(["-m", "dmoe.compare", *words, *flags], needs)
+    evidence = ["--run_dir", str(folder / name_of(seeds[0])), "--evidence", str(folder / "evidence.json")]
+    tasks["evidence"] = Task(["-m", "dmoe.compare", *evidence, *flags], [name_of(seeds[0])])
+    try:
+        run_tasks(tasks, at_once=at_once, logs=folder / "logs", name="comparison")
+    finally:
+        write_results(folder, seeds)
+
+
+def name_of(seed: int) -> str:
+    return f"seed_{seed}"
+
+
+def write_results(folder: Path, seeds: Sequence[int]) -> None:
+    """``results.jsonl``: the rows of all methods that are finished, in the order of methods and seeds."""
+    stages = [RunFolder(folder / name_of(seed)).stage(f"compare/{key}", {}) for seed in seeds for key in CANDIDATES]
+    rows = order_of([row for stage in stages if stage.manifest.is_file() for row in read_rows(stage.folder)])
+    if not rows:
+        return
+    with written_whole(folder / RESULTS) as beside:
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    say(f"{len(rows):,} results: {folder / RESULTS}")

@@ -1,0 +1,105 @@
+"""Trainings of what is compared with: each learns on the digits, and is taken when it is finished."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from noise import run_in
+
+from dmoe.compare.training import (
+    told_run,
+    train_arm_bn,
+    train_arm_cml,
+    train_arm_ll,
+    train_coral,
+    train_erm,
+    train_irm,
+    train_oracle,
+)
+from dmoe.config import TrainingConfig
+from dmoe.data import digits
+from dmoe.errors import UserError
+from dmoe.evaluation import Method
+from dmoe.models.networks import Network
+from dmoe.run_folder import RunFolder
+from dmoe.stages import Run
+
+KINDS = ("ERM", "CORAL", "IRM", "oracle", "ARM-CML", "ARM-BN", "ARM-LL")
+SHORT = TrainingConfig.model_validate({"batch_size": 12, "duration": "4 steps", "optimizer": {"lr": 0.01}})
+
+
+def train(run: Run, kind: str, training: TrainingConfig, *, pretrained: Network | None = None) -> Method:
+    how = {"run": run, "stage": run.folder.stage(kind, run.facts()), "training": training}
+    in_episodes = {"domains": 2, "pretrained": pretrained}
+    by_kind: dict[str, Callable[[], Method]] = {
+        "ERM": lambda: train_erm(**how),
+        "CORAL": lambda: train_coral(**how, penalty=0.1, domains=3),
+        "IRM": lambda: train_irm(**how, penalty=1.0, anneal_steps=50, domains=3),
+        "oracle": lambda: train_oracle(**how),
+        "ARM-CML": lambda: train_arm_cml(**how, **in_episodes, context_channels=2, context_width=4, kernel_size=3),
+        "ARM-BN": lambda: train_arm_bn(**how, **in_episodes),
+        "ARM-LL": lambda: train_arm_ll(**how, domains=2, inner_lr=0.1, loss_width=8, pretrained=pretrained or student_of(run)),
+    }
+    return by_kind[kind]()
+
+
+def student_of(run: Run) -> Network:
+    """With running statistics of its own."""
+    student = run.network(run.config.student_backbone, "any", to_train=True)
+    with torch.no_grad():
+        student.train()(run.source.images(torch.arange(len(run.source))))
+    return student.eval()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "oracle"])
+def test_finished_training_is_taken_and_says_the_same(tmp_path: Path, kind: str) -> None:
+    run, images = run_in(tmp_path), torch.rand(8, 1, 4, 4)
+    trained = train(run, kind, SHORT).adapt(images)
+    manifest = run.folder.stage(kind, {}).manifest.stat()
+    again = train(run_in(tmp_path), kind, SHORT).adapt(images)
+    assert run.folder.stage(kind, {}).manifest.stat().st_mtime_ns == manifest.st_mtime_ns
+    assert torch.equal(again.logits(images), trained.logits(images))
+
+
+@pytest.mark.parametrize("kind", ["ARM-CML", "ARM-BN", "ARM-LL"])
+def test_arm_begins_as_the_pretrained_student(tmp_path: Path, kind: str) -> None:
+    run, images = run_in(tmp_path), torch.rand(8, 1, 4, 4)
+    student = student_of(run)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    none = SHORT.model_copy(update={"duration": SHORT.duration.parse("0 steps")})
+    begun = train(run, kind, none, pretrained=student)
+    if kind == "ARM-CML":  # the context counts for nothing yet
+        with torch.no_grad():
+            torch.testing.assert_close(begun.adapt(torch.rand(8, 1, 4, 4)).logits(images), student(images))
+    network = begun.network  # type: ignore[attr-defined]
+    for name, value in network.state_dict().items():
+        assert torch.equal(value[:, :1] if name == "features.0.weight" else value, before[name]), name
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_oracle_needs_numbers_that_describe_domains(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no numbers are known"):
+        told_run(run_in(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["ARM-BN", "ARM-CML"])
+@pytest.mark.parametrize("task", ["binary", "regression"])
+def test_one_output_is_trained_too(tmp_path: Path, kind: str, task: str) -> None:
+    run = run_in(tmp_path, kind=task)  # type: ignore[arg-type]
+    images = torch.rand(8, 1, 4, 4)
+    assert train(run, kind, SHORT).adapt(images).logits(images).shape == (8, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_the_digits(tmp_path: Path, kind: str) -> None:
+    """Better than one in five, where one in ten is chance."""
+    run = run_in(tmp_path, "meta.support_size=24")
+    run = replace(run, dataset=digits.load().with_fewer_source_images(300), folder=RunFolder(tmp_path))
+    run = told_run(run) if kind == "oracle" else run
+    optimizer = {"lr": 0.003, "schedule": "cosine", "warmup": "20 steps"}
+    training = TrainingConfig.model_validate({"batch_size": 48, "duration": "100 steps", "optimizer": optimizer})
+    method = train(run, kind, training)
+    assert run.evaluate(method, "validation", support_size=24).score > 0.2
