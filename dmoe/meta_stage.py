@@ -55,7 +55,7 @@ def meta_train_student(
     stage = run.folder.stage(name, run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
     if config.student_start == "random":
-        student = run.network(run.config.student_backbone, "meta", "student", to_train=False)
+        student = run.network(run.config.student_backbone, "meta", "student", to_train=False).eval()
     # Validation is by the experts' running statistics, however the run is tested later.
     validating = run.config.model_copy(update={"evaluation": EvaluationConfig()})
     adapter = build_adapter(validating, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)

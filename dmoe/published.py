@@ -470,7 +470,10 @@ def _check_writable(aggregator: Aggregator) -> None:
 
 
 def _heads(aggregator: Aggregator) -> int:
-    return next(int(module.num_heads) for module in aggregator.modules() if isinstance(module, nn.MultiheadAttention))
+    found = [int(module.num_heads) for module in aggregator.modules() if isinstance(module, nn.MultiheadAttention)]
+    if not found:
+        raise UserError("the published format holds a transformer, this aggregator is none: aggregator.pooling")
+    return found[0]
 
 
 def _plain(tensor: Tensor) -> Tensor:

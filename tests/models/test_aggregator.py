@@ -1,10 +1,14 @@
 """The aggregator: a function of a set, a standard transformer block, and an affine map that can be fitted."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dmoe.models.aggregator import Aggregator, Block
+from dmoe.models.aggregator import Aggregator, Block, Pooling
 
 B, N, D, K = 5, 4, 12, 3
 
@@ -137,3 +141,21 @@ def test_the_target_can_be_differentiated_twice() -> None:
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), x)
     assert second.abs().max() > 0
+
+
+@pytest.mark.parametrize(("pooling", "pool"), [("mean", np.mean), ("max", np.max)])
+def test_pooling_without_a_transformer_is_of_the_tokens_as_they_are(
+    pooling: Pooling, pool: Callable[..., NDArray[np.float64]]
+) -> None:
+    model, x = Aggregator(width=D, num_outputs=K, depth=2, heads=5, dropout=0.1, pooling=pooling).double(), tokens()
+    np.testing.assert_allclose(model(x).numpy(), pool(x.numpy(), axis=1), rtol=1e-14)
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"head"}, "nothing to learn but the head"
+    torch.testing.assert_close(model.logits(x), model.head(model(x)))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_behind_any_pooling_an_output_map_can_be_fitted(pooling: Pooling) -> None:
+    model = Aggregator(width=D, num_outputs=K, depth=1, heads=3, dropout=0.1, output_map=True, pooling=pooling).double()
+    x, matrix = torch.randn(60, N, D, dtype=torch.float64), torch.randn(D, D, dtype=torch.float64)
+    model.fit_output_map(model.pooled(x), model.pooled(x) @ matrix + 2)
+    torch.testing.assert_close(model(x), model.pooled(x) @ matrix + 2)
