@@ -127,34 +127,31 @@ def main() -> None:
         raise UserError("--processes must be 1 at least, and --seeds whole numbers, each once")
     if options.dataset not in known_datasets():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
-    chosen = [setting for setting in SETTINGS if setting.group in options.groups]
-    ablations = [each for seed in options.seeds for each in ablations_of(options.dataset, seed, chosen, options.overrides)]
+    ablations = [each for seed in options.seeds for each in ablations_of(options.dataset, seed, options.overrides)]
     try:
-        work(ablations, options.out, at_once=options.processes)
+        work([each for each in ablations if each.setting.group in options.groups], options.out, at_once=options.processes)
     finally:
-        rows = write_results(ablations, options.out)
-    print(table(rows))
+        rows = write_results(ablations, options.out)  # what is finished of other groups too
+    print(table([row for row in rows if row["group"] in options.groups]))
 
 
-def ablations_of(dataset: str, seed: int, settings: Sequence[Setting], overrides: Sequence[str]) -> list[Ablation]:
+def ablations_of(dataset: str, seed: int, overrides: Sequence[str] = ()) -> list[Ablation]:
     """The settings on a seed; each group has the whole method's own too, which is one run for all of them.
 
     Raises:
-        UserError: none of the settings is that of the whole method.
+        UserError: a group has no setting that is the whole method's.
     """
     path = CONFIG_FOLDER / f"{dataset}.yaml"
     full = load_config(path, overrides, dataset=dataset, seed=seed)
     own = Setting("experts", str(full.experts.count), (f"experts.count={full.experts.count}",))
-    if any(setting.group == "experts" for setting in settings) and own not in settings:
-        settings = [own, *settings]
     found = []
-    for setting in settings:
+    for setting in SETTINGS if own in SETTINGS else (own, *SETTINGS):
         both = [*overrides, *setting.overrides]
         config = load_config(path, both, dataset=dataset, seed=seed)
         same = config == full
         found.append(Ablation(setting, FULL if same else setting.name, seed, config, overrides if same else both))
-    if not any(each.name == FULL for each in found):
-        raise UserError("command line: fields that are the same in all runs may not be those of the settings")
+    if {each.setting.group for each in found if each.name == FULL} != set(GROUPS):
+        raise UserError("command line: meta.learns and meta.student_start are the settings' own, and cannot be those of all runs")
     return found
 
 
