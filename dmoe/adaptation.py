@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.diagnosis import Ranges, Statistics
 from dmoe.errors import SuspectAdaptation
-from dmoe.meta.gradient import InnerLoss
+from dmoe.meta.gradient import Distill, InnerLoss, distilled
 from dmoe.models.copying import private_copy
 from dmoe.models.expert_pool import BatchNormStatistics, ExpertPool
 from dmoe.models.student import InnerSteps, Student
@@ -41,6 +41,7 @@ class Adapter:
         inner_lr: float,
         inner_steps: int = 1,
         inner_loss: InnerLoss = "mean_square",
+        distill: Distill = "features",
         expert_batch_norm: BatchNormStatistics = "running",
         expert_precision: Precision = "float32",
         task: Task | None = None,
@@ -55,6 +56,8 @@ class Adapter:
             aggregator: tokens ``[B, N, D'] ->`` target features ``[B, D]``.
             inner_lr: step size of the inner steps.
             inner_loss: see :func:`~dmoe.meta.gradient.distillation_loss`.
+            distill: see :func:`~dmoe.meta.gradient.distilled`; for other than features, the aggregator needs a method ``logits``,
+                tokens to ``[B, K]``. Where a diagnosis speaks of features and targets, it is then of what is distilled.
             expert_batch_norm: see :class:`~dmoe.models.expert_pool.ExpertPool`.
             expert_precision: that the experts compute in, see :func:`~dmoe.precision.computing_in`.
             task: how logits become probabilities; left out, they are a softmax over K classes.
@@ -62,14 +65,16 @@ class Adapter:
             on_suspect: what is done where the diagnosis is suspect; ``warn`` is by :class:`~dmoe.errors.SuspectAdaptation`.
         """
         self._experts = ExpertPool(experts, batch_norm=expert_batch_norm, precision=expert_precision)
-        self._aggregator = private_copy(aggregator)
+        self._aggregator: Any = private_copy(aggregator)
         self.ranges, self._on_suspect = ranges, on_suspect
+        self._distill: Distill = distill
         self._inner: InnerSteps = {"inner_lr": inner_lr, "inner_steps": inner_steps, "inner_loss": inner_loss}
         self.student = Student(features=features, head=head, task=task or Task("multiclass", num_outputs=0))
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """What the experts together would have the student's features of ``images`` be, ``[B, D]``."""
+        """What the experts together would have the student's features of ``images`` be, ``[B, D]``; or its logits, where those are
+        distilled, see :func:`~dmoe.meta.gradient.distilled`."""
         return self._target_of(self._experts(images.to(self.student.device)))
 
     def adapt(self, images: Tensor, *, tokens: Tensor | None = None, start: Student | None = None) -> Student:
@@ -95,7 +100,7 @@ class Adapter:
             raise ValueError(f"adapt takes a batch of images [B, C, H, W] with B >= 1, got {list(images.shape)}")
         images = images.to(self.student.device)
         target = self.target(images) if tokens is None else self._target_of(tokens.to(self.student.device))
-        return start.adapted(images, target, watched=watched, **self._inner)
+        return start.adapted(images, target, watched=watched, distill=self._distill, **self._inner)
 
     def adapt_many(self, images: Tensor) -> list[Student]:
         """The students adapted to several domains, in one pass through the experts, the aggregator and the inner steps.
@@ -118,7 +123,7 @@ class Adapter:
         else:
             target = self.target(images.flatten(0, 1))
         targets, watched = target.unflatten(0, (domains, count)), self.ranges is not None
-        students = self.student.adapted_to_many(images, targets, watched=watched, **self._inner)
+        students = self.student.adapted_to_many(images, targets, watched=watched, distill=self._distill, **self._inner)
         for number, student in enumerate(students):
             students[number] = self._judged(student, self.student)
         return students
@@ -135,5 +140,4 @@ class Adapter:
 
     @torch.no_grad()
     def _target_of(self, tokens: Tensor) -> Tensor:
-        target: Tensor = self._aggregator(tokens)
-        return target
+        return distilled(self._aggregator(tokens), lambda _: self._aggregator.logits(tokens), self._distill)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, ValidationInfo, field_validator
 from pydantic_core import core_schema
 
 from dmoe.errors import UserError, shortened
@@ -196,6 +196,9 @@ class TokensConfig(Section):
 
 
 class AggregatorConfig(Section):
+    pooling: Literal["transformer", "mean", "max"] = "transformer"
+    """How an image's tokens become one: the mean of what a transformer makes of them, or their mean or maximum as they are. Depth,
+    heads and dropout are the transformer's; without it nothing but an output map learns."""
     depth: Annotated[int, Field(ge=1, le=64)] = 1
     heads: Annotated[int, Field(ge=1, le=4096)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -230,6 +233,13 @@ class MetaConfig(Section):
     """What happens to the token of the expert that knows the episode's domain (code: remove; text: zero)."""
     target: Literal["aggregator", "zeros"] = "aggregator"
     """zeros: a control; the student adapts towards nothing, and no expert is asked."""
+    distill: Literal["features", "logits", "both"] = "features"
+    """What an inner step brings together: the student's features and the target; their logits, by the student's head and by the
+    aggregator's, which then learns too; or both, the sum of the two losses. Only the student's features are stepped."""
+    learns: Literal["both", "aggregator", "student"] = "both"
+    """Which of the two is meta-trained; the other one stays as pretraining left it."""
+    student_start: Literal["pretrained", "random"] = "pretrained"
+    """random: meta-training starts from fresh weights, and from batch-norm statistics that never saw an image."""
     student: OptimizerConfig
     aggregator: OptimizerConfig
     restart_optimizers: bool = False
@@ -246,6 +256,13 @@ class MetaConfig(Section):
     precision: Precision = "float32"
     """bfloat16: episodes by autocast; adapting, also in validation, stays in float32."""
     evaluate_every: Duration = Duration(0.5, "epochs")
+
+    @field_validator("distill")
+    @classmethod
+    def _of_an_aggregator(cls, distill: str, info: ValidationInfo) -> str:
+        if distill != "features" and info.data.get("target") == "zeros":
+            raise ValueError("must be features where meta.target is zeros")
+        return distill
 
 
 class EvaluationConfig(Section):
@@ -308,6 +325,21 @@ class Config(Section):
     def support_size(self) -> int:
         """Support images at test time."""
         return self.evaluation.support_size or self.meta.support_size
+
+
+LATER_FIELDS = {"aggregator": ("pooling",), "meta": ("distill", "learns", "student_start")}
+"""Fields of sections that earlier runs were made without, and whose defaults say what was done then."""
+
+
+def as_inputs(config: Config) -> dict[str, Any]:
+    """The configuration as stages record it: plain, without later fields at their defaults, so that earlier runs stay finished."""
+    plain = config.model_dump(mode="json")
+    for section, names in LATER_FIELDS.items():
+        fields = type(getattr(config, section)).model_fields
+        for name in names:
+            if plain[section][name] == fields[name].default:
+                del plain[section][name]
+    return plain
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), **flags: Any) -> Config:

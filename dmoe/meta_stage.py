@@ -9,7 +9,7 @@ import torch
 
 from dmoe.adaptation import Adapter
 from dmoe.artifacts import read_json, write_json
-from dmoe.config import EvaluationConfig
+from dmoe.config import EvaluationConfig, as_inputs
 from dmoe.console import say
 from dmoe.data.streams import stored_images
 from dmoe.errors import UserError
@@ -54,6 +54,8 @@ def meta_train_student(
     made_from["tokens"] = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
     stage = run.folder.stage(name, run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator
+    if config.student_start == "random":
+        student = run.network(run.config.student_backbone, "meta", "student", to_train=False).eval()
     # Validation is by the experts' running statistics, however the run is tested later.
     validating = run.config.model_copy(update={"evaluation": EvaluationConfig()})
     adapter = build_adapter(validating, task, experts=experts, aggregator=teacher, student=student, kind=Adapter)
@@ -103,17 +105,26 @@ def meta_train_student(
 
 
 def meta_learner(run: Run, teacher: Aggregator | ZeroTarget, student: Network) -> MetaLearner:
-    """Student and aggregator, to learn by the run's inner steps."""
+    """Student and aggregator, to learn by the run's inner steps.
+
+    Raises:
+        UserError: nothing would learn.
+    """
     config = run.config.meta
-    return MetaLearner(
+    learner = MetaLearner(
         student=student,
         aggregator=teacher,
         task=run.dataset.task,
         inner_lr=config.inner_lr,
         inner_steps=config.inner_steps,
         inner_loss=config.inner_loss,
+        distill=config.distill,
+        learns=config.learns,
         precision=config.precision,
     )
+    if not (learner.student_parameters or learner.aggregator_parameters):
+        raise UserError("meta.learns: aggregator: this one has no parameters to learn: take both or student")
+    return learner
 
 
 def gradient_way(run: Run, learner: MetaLearner, name: str = "meta") -> Choice:
@@ -133,10 +144,11 @@ def gradient_way(run: Run, learner: MetaLearner, name: str = "meta") -> Choice:
     budget = memory_budget(device) if config.memory_gb is None else int(1e9 * config.memory_gb)
     facts = {
         "student": run.config.student_backbone.model_dump(),
-        "aggregator": run.config.aggregator.model_dump(mode="json", exclude={"training"}),
+        "aggregator": {key: value for key, value in as_inputs(run.config)["aggregator"].items() if key != "training"},
         "images": [*run.dataset.image_shape, config.support_size, config.query_size],
         "experts": run.config.experts.count,
         "inner": [config.inner_steps, config.inner_loss, config.mask, config.target, config.precision],
+        **({"distill": config.distill} if config.distill != "features" else {}),
         "device": device.type,
         "budget": budget,
     }
@@ -171,7 +183,7 @@ def _any_episode(run: Run, learner: MetaLearner) -> EpisodeBatch:
 
 
 def _fit_output_map(run: Run, tokens: TokenStore, aggregator: Aggregator, student: Network) -> None:
-    """Start the aggregator's output map from the best affine map of its targets onto the pretrained student's features."""
+    """Start the aggregator's output map from the best affine map of its targets onto the features of the student at the start."""
     chosen = torch.randperm(len(run.source), generator=generator(run.config.seed, "output map"))[:OUTPUT_MAP_IMAGES]
     pooled, features = [], []
     with torch.no_grad():

@@ -128,7 +128,7 @@ def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) 
     Raises:
         UserError: the heads do not divide the width.
     """
-    if width % config.heads:
+    if config.pooling == "transformer" and width % config.heads:
         raise UserError(f"aggregator.heads: {config.heads} heads do not divide the feature width {width}")
     return Aggregator(
         width=width,
@@ -137,6 +137,7 @@ def build_aggregator(config: AggregatorConfig, *, width: int, num_outputs: int) 
         heads=config.heads,
         dropout=config.dropout,
         output_map=config.output_map,
+        pooling=config.pooling,
     )
 
 
@@ -159,6 +160,7 @@ def build_adapter(
         inner_lr=config.meta.inner_lr,
         inner_steps=config.meta.inner_steps,
         inner_loss=config.meta.inner_loss,
+        distill=config.meta.distill,
         expert_batch_norm=config.evaluation.expert_batch_norm,
         expert_precision=config.tokens.precision,
         task=task,

@@ -206,6 +206,8 @@ class PublishedFolder:
         """Fill an aggregator, whose depth and heads must be the published ones too."""
         path = self.aggregator_path(stage)
         tensors = _read(path)
+        if not aggregator.blocks:
+            raise UserError(f"{path}: {AGGREGATOR.title} is a transformer: set aggregator.pooling=transformer")
         if aggregator.output_map is not None:
             raise UserError(f"{path}: {AGGREGATOR.title} has no output map: set aggregator.output_map=false")
         if _heads(aggregator) != HEADS:
@@ -462,6 +464,8 @@ def _writable_network(network: Network, who: str) -> Naming:
 
 
 def _check_writable(aggregator: Aggregator) -> None:
+    if not aggregator.blocks:
+        raise UserError("the aggregator is no transformer, and the published format has no place for others: aggregator.pooling")
     if aggregator.output_map is not None:
         raise UserError("the aggregator has an output map, for which the published format has no place: aggregator.output_map")
     if _heads(aggregator) != HEADS:

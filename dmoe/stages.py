@@ -24,7 +24,7 @@ from dmoe.artifacts import (
     save_tensors,
     under_prefix,
 )
-from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, TrainingConfig
+from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, TrainingConfig, as_inputs
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
@@ -85,7 +85,7 @@ class Run:
 
     def facts(self, *sections: str, **more: Any) -> dict[str, Any]:
         """Inputs of a stage: the seed, the data, the named configuration sections, and digests of earlier results."""
-        config = self.config.model_dump(mode="json")
+        config = as_inputs(self.config)
         chosen = {section: config[section] for section in sections}
         if "experts" in chosen:
             chosen["experts"] = {key: value for key, value in config["experts"].items() if key not in HOW_EXPERTS_ARE_LAUNCHED}

@@ -1,16 +1,20 @@
 """A small run on random images, for tests of what is decided before and between its stages."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dmoe import stages
 from dmoe.config import CONFIG_FOLDER, load_config
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.transforms import ImageTransform
+from dmoe.meta_stage import meta_train_student
 from dmoe.run_folder import RunFolder
 from dmoe.stages import Run
 from dmoe.tasks import Task, TaskKind
+from experts.training import train_expert
 
 SETTINGS = [
     "experts.count=2",
@@ -58,3 +62,32 @@ def run_in(folder: Path, *overrides: str, kind: TaskKind = "multiclass", views: 
     dataset = DomainDataset("noise", splits, Task(kind, outputs), ImageTransform((1, 4, 4)), class_names=(), fingerprint="n")
     config = load_config(CONFIG_FOLDER / "digits.yaml", [*SETTINGS, *overrides])
     return Run(config=config, folder=RunFolder(folder), dataset=dataset, groups=GROUPS, device=torch.device("cpu"))
+
+
+class Steady(Noise):
+    """The same images each time."""
+
+    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
+        every = torch.rand(len(self), 1, 4, 4, generator=torch.Generator().manual_seed(3))
+        return every[index] + 0.1 * self.domains[index].view(-1, 1, 1, 1)
+
+
+def steady_run_in(folder: Path, *overrides: str, kind: TaskKind = "multiclass") -> Run:
+    """The same with images that stay."""
+    run = run_in(folder, *overrides, kind=kind)
+    steady: dict[str, DomainSplit] = {
+        name: Steady(len(split), first=int(split.domains.min()), domains=len(split.domain_names), kind=kind)
+        for name, split in run.dataset.splits.items()
+    }
+    return replace(run, dataset=replace(run.dataset, splits=steady))
+
+
+def train(run: Run) -> None:
+    """All stages up to meta-training."""
+    run.folder.claim(run.config)
+    for number in range(run.config.experts.count):
+        train_expert(run, number)
+    experts = stages.load_experts(run)
+    tokens = stages.make_tokens(run, experts)
+    aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width)
+    meta_train_student(run, tokens, experts, aggregator, stages.pretrain_student(run))

@@ -29,6 +29,9 @@ class MeanOfExperts(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.scale * tokens.mean(dim=1)
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        return tokens.sum(dim=1)[:, :K]
+
 
 class Parts:
     """Plain modules, left in training mode, as a user might hand them in."""
@@ -220,7 +223,17 @@ def test_known_tokens_take_the_place_of_the_experts() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("settings", [{}, {"inner_steps": 3}, {"inner_loss": "norm"}, {"expert_batch_norm": "batch"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"inner_steps": 3},
+        {"inner_loss": "norm"},
+        {"expert_batch_norm": "batch"},
+        {"distill": "logits", "inner_steps": 2},
+        {"distill": "both"},
+    ],
+)
 def test_many_domains_at_once_are_adapted_to_as_one_by_one(settings: dict[str, Any]) -> None:
     adapter, images = Parts().adapter(**settings), torch.randn(4, 5, 2, 6, 6, dtype=torch.float64)
     together, elsewhere = adapter.adapt_many(images), torch.randn(3, 2, 6, 6, dtype=torch.float64)
@@ -229,6 +242,38 @@ def test_many_domains_at_once_are_adapted_to_as_one_by_one(settings: dict[str, A
         torch.testing.assert_close(dict(found.parameters()), dict(alone.parameters()), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found.predict(elsewhere), alone.predict(elsewhere), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(together[0].predict(elsewhere), together[1].predict(elsewhere))
+
+
+@pytest.mark.parametrize("distill", ["logits", "both"])
+def test_logits_are_brought_together_by_steps_of_the_features_alone(parts: Parts, distill: str) -> None:
+    x, fresh, tokens = batch(), batch(), torch.randn(5, 2, D, dtype=torch.float64)
+    adapter = parts.adapter(distill=distill, inner_steps=2, ranges=ranges(NEVER))
+    adapted = adapter.adapt(x, tokens=tokens)
+
+    for part in parts:
+        part.eval()
+    target, said = parts.aggregator(tokens).detach(), parts.aggregator.logits(tokens).detach()
+    theta = {name: p.detach().clone() for name, p in parts.features.named_parameters()}
+    for _ in range(2):
+        leaves = {name: value.requires_grad_() for name, value in theta.items()}
+        found = features_by_hand(leaves, parts.features[1], x)
+        loss = (parts.head(found) - said).pow(2).sum() / (len(x) * K)
+        if distill == "both":
+            loss = loss + (found - target).pow(2).sum() / (len(x) * D)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        theta = {name: (value - INNER_LR * g).detach() for (name, value), g in zip(theta.items(), gradients, strict=True)}
+    torch.testing.assert_close(dict(adapted.parameters()), theta, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(adapted.logits(fresh), parts.head(features_by_hand(theta, parts.features[1], fresh)))
+
+    before = parts.features(x).detach()
+    squares = (parts.head(before) - said).pow(2).mean() + (distill == "both") * (before - target).pow(2).mean()
+    measured = adapted.diagnosis.statistics
+    assert measured["distance to targets"] == pytest.approx(squares.sqrt().item(), rel=1e-10)
+    after = adapted.features(x)
+    moved = (parts.head(after) - parts.head(before)).pow(2).mean() + (distill == "both") * (after - before).pow(2).mean()
+    assert measured["movement of features"] == pytest.approx(moved.sqrt().item(), rel=1e-10)
+    (one,) = adapter.adapt_many(x[None])
+    assert dict(one.diagnosis.statistics) == pytest.approx(dict(adapter.measure(x)), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 6, 6), (0, 5, 2, 6, 6), (4, 0, 2, 6, 6)])

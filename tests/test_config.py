@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dmoe.config import CONFIG_FOLDER, Config, Duration, differences, known_datasets, load_config, validate_config
+from dmoe.config import CONFIG_FOLDER, Config, Duration, as_inputs, differences, known_datasets, load_config, validate_config
 from dmoe.errors import UserError
 
 
@@ -316,3 +316,31 @@ def test_every_field_of_the_optimizer_has_a_docstring() -> None:
     training = Config.model_fields["student"].annotation.model_fields["training"].annotation  # type: ignore[union-attr]
     described = training.model_fields["batch_size"].description  # type: ignore[union-attr]
     assert described == "Images in a step."
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("aggregator.pooling=median", "aggregator.pooling must be one of 'transformer', 'mean' or 'max', got 'median'"),
+        ("meta.distill=neither", "meta.distill must be one of 'features', 'logits' or 'both', got 'neither'"),
+        ("meta.learns=[both]", "meta.learns must be one of 'both', 'aggregator' or 'student', got list of 1"),
+        ("meta.student_start=null", "meta.student_start must be one of 'pretrained' or 'random', got None"),
+    ],
+)
+def test_a_value_that_an_ablation_does_not_know_is_told(path: Path, override: str, told: str) -> None:
+    assert fault(path, override) == f"command line: {told}"
+
+
+def test_zeros_have_no_logits_to_distill(path: Path) -> None:
+    told = fault(path, "meta.target=zeros", "meta.distill=both")
+    assert told == "command line: meta.distill must be features where meta.target is zeros, got 'both'"
+
+
+def test_later_fields_at_their_defaults_are_no_inputs_and_others_are(path: Path) -> None:
+    plain = as_inputs(load_config(path))
+    assert list(plain["aggregator"]) == ["depth", "heads", "dropout", "output_map", "training"]
+    assert not {"distill", "learns", "student_start"} & set(plain["meta"])
+    changes = ["aggregator.pooling=max", "meta.distill=logits", "meta.learns=student", "meta.student_start=random"]
+    changed = as_inputs(load_config(path, changes))
+    assert changed["aggregator"]["pooling"] == "max"
+    assert [changed["meta"][name] for name in ("distill", "learns", "student_start")] == ["logits", "student", "random"]

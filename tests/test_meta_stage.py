@@ -1,18 +1,24 @@
 """How a run comes by its way to the meta-gradient."""
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from noise import run_in
+import torch
+from noise import run_in, steady_run_in, train
+from torch import Tensor
 
-from dmoe import meta_stage
-from dmoe.artifacts import write_json
+import dmoe
+from dmoe import meta_stage, stages
+from dmoe.artifacts import load_tensors, read_json, under_prefix, write_json
 from dmoe.errors import UserError
 from dmoe.meta.choice import Choice
-from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
+from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
 from dmoe.meta_stage import GRADIENT_FILE, gradient_way, meta_learner
 from dmoe.model import build_aggregator
+from dmoe.run_folder import RunFolder
 from dmoe.stages import Run
 
 FOUND = Choice(Way("forward_over_reverse", 4), 1.0, 2.0)
@@ -93,3 +99,109 @@ def test_by_itself_a_way_is_found_that_trains(tmp_path: Path, monkeypatch: pytes
     chosen = gradient_way(run, learner)
     assert chosen.seconds > 0 and chosen.gigabytes > 0
     assert gradient_way(run, learner) == chosen
+
+
+STEADY = ["meta.gradient=double_backward", "meta.inner_lr=0.05", "meta.support_size=8"]
+OLD_META_FIELDS = {
+    *("duration", "domains_per_update", "support_size", "query_size", "inner_lr", "inner_steps", "inner_loss", "mask", "target"),
+    *("student", "aggregator", "restart_optimizers", "gradient", "chunk_size", "precision", "evaluate_every"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("variants") / "run"
+    train(steady_run_in(folder, *STEADY))
+    return folder
+
+
+def trained_otherwise(trained: Path, folder: Path, *overrides: str) -> Run:
+    """The run with other settings of meta-training, from the same experts, aggregator and student."""
+    for part in ("experts", "tokens", "aggregator", "student"):
+        shutil.copytree(trained / part, folder / part)
+    run = steady_run_in(folder, *STEADY, *overrides)
+    RunFolder(folder / "config").claim(run.config)
+    (folder / "config" / "config.yaml").rename(folder / "config.yaml")
+    if "aggregator" in "".join(overrides).split("=")[0]:
+        shutil.rmtree(folder / "aggregator")
+    train(run)
+    return run
+
+
+def tensors_of(folder: Path, stage: str, prefix: str) -> dict[str, Tensor]:
+    return under_prefix(prefix, load_tensors(folder / stage / "weights.safetensors")[0])
+
+
+def changed(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """First words of the names of tensors that differ."""
+    assert one.keys() == other.keys()
+    return {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "aggregator", "student"),
+    [
+        ([], {"blocks", "output_map"}, {"features", "head"}),
+        (["meta.distill=logits"], {"blocks", "head", "output_map"}, {"features", "head"}),  # the map is fitted, and learns no more
+        (["meta.distill=both"], {"blocks", "head", "output_map"}, {"features", "head"}),
+        (["meta.learns=student"], {"output_map"}, {"features", "head"}),
+        (["meta.learns=aggregator"], {"blocks", "output_map"}, set()),
+        (["meta.duration=0 steps"], {"output_map"}, set()),
+    ],
+    ids=" ".join,
+)
+def test_what_a_setting_lets_learn_has_learned_when_the_run_ends(
+    trained: Path, tmp_path: Path, overrides: list[str], aggregator: set[str], student: set[str]
+) -> None:
+    folder = tmp_path / "run"
+    run = trained_otherwise(trained, folder, *overrides, "meta.evaluate_every=0 steps")
+    assert read_json(folder / "meta" / "manifest.json")["figures"]["scores"], "it was looked at"
+    if read_json(folder / "meta" / "manifest.json")["figures"]["best_step"] > 0 or not student:
+        assert changed(tensors_of(folder, "meta", "student"), tensors_of(folder, "student", "model")) == student
+        assert changed(tensors_of(folder, "meta", "aggregator"), tensors_of(folder, "aggregator", "model")) == aggregator
+    model = dmoe.load(folder)
+    images = run.dataset.splits["target"].images(torch.arange(8))
+    adapted = model.adapt(images)
+    assert (adapted.logits(images) - model.student.logits(images)).abs().max() > 0
+    learned = model.student.features.state_dict()
+    assert not changed(learned, tensors_of(folder, "meta", "student.features"))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_a_run_with_another_pooling_ends_and_loads(trained: Path, tmp_path: Path, pooling: str) -> None:
+    run = trained_otherwise(trained, tmp_path / "run", f"aggregator.pooling={pooling}", "aggregator.output_map=false")
+    model, images = dmoe.load(run.folder.path), run.dataset.splits["target"].images(torch.arange(8))
+    told = torch.stack([stages.load_experts(run)[number].features(images) for number in range(2)], dim=1)
+    expected = told.amax(dim=1) if pooling == "max" else told.mean(dim=1)
+    torch.testing.assert_close(model.target(images), expected)
+
+
+def test_a_random_start_owes_nothing_to_the_pretrained_student(trained: Path, tmp_path: Path) -> None:
+    def student_of(name: str, seed: int) -> dict[str, Tensor]:
+        run = steady_run_in(tmp_path / name, *STEADY, "meta.student_start=random", "meta.duration=0 steps", f"seed={seed}")
+        train(run)
+        return tensors_of(run.folder.path, "meta", "student")
+
+    one, again, other = student_of("one", 1), student_of("again", 1), student_of("other", 2)
+    assert not changed(one, again)
+    assert changed(one, other)
+    assert changed(one, tensors_of(tmp_path / "one", "student", "model")) == {"features", "head"}
+    assert all(not value.any() for name, value in one.items() if name.endswith("running_mean")), "no image has been seen"
+
+
+def test_defaults_leave_the_inputs_of_stages_as_they_were(trained: Path) -> None:
+    """A run that was made before there were these settings stays finished."""
+    inputs = {name: read_json(trained / name / "manifest.json")["inputs"] for name in ("aggregator", "meta")}
+    old_aggregator = {"depth", "heads", "dropout", "output_map", "training"}
+    assert set(inputs["aggregator"]["aggregator"]) == set(inputs["meta"]["aggregator"]) == old_aggregator
+    assert set(inputs["meta"]["meta"]) == OLD_META_FIELDS
+
+
+@pytest.mark.parametrize("overrides", [["aggregator.pooling=max", "aggregator.output_map=false"], ["meta.target=zeros"]])
+def test_an_aggregator_without_parameters_cannot_be_all_that_learns(tmp_path: Path, overrides: list[str]) -> None:
+    run = run_in(tmp_path / "run", *overrides, "meta.learns=aggregator")
+    student = run.network(run.config.student_backbone, "student", to_train=False)
+    aggregator = build_aggregator(run.config.aggregator, width=student.width, num_outputs=3)
+    teacher = ZeroTarget() if run.config.meta.target == "zeros" else aggregator
+    with pytest.raises(UserError, match=r"^meta.learns: aggregator: this one has no parameters to learn: take both or student$"):
+        meta_learner(run, teacher, student)

@@ -362,6 +362,7 @@ def saved_selector(folder: Path, tensors: object) -> PublishedFolder:
     [
         ({"depth": 1}, "holds an aggregator of depth 2: set aggregator.depth=2"),
         ({"heads": 8}, "a published aggregator has 16 heads, though no file tells: set aggregator.heads=16"),
+        ({"pooling": "mean"}, "a published aggregator is a transformer: set aggregator.pooling=transformer"),
         ({"output_map": True}, "a published aggregator has no output map: set aggregator.output_map=false"),
         ({"num_outputs": 4}, "mlp.1.weight is [5, 32], the network's is [4, 32]"),
         ({"width": 64}, "transformer.layers.0.0.norm.weight is [32], the network's is [64]"),
@@ -629,8 +630,8 @@ def test_partition_is_unknown_without_a_domain_split(iwildcam: PublishedFolder) 
 # Writing
 
 
-def aggregator(width: int, outputs: int, *, heads: int = 16, output_map: bool = False) -> Aggregator:
-    return Aggregator(width=width, num_outputs=outputs, depth=1, heads=heads, dropout=0.1, output_map=output_map)
+def aggregator(width: int, outputs: int, **settings: Any) -> Aggregator:
+    return Aggregator(**{"width": width, "num_outputs": outputs, "depth": 1, "heads": 16, "dropout": 0.1, **settings})
 
 
 def write(folder: Path, experts: list[Network], student: Network, **changes: Any) -> list[Path]:
@@ -710,7 +711,10 @@ def test_networks_that_the_format_does_not_know_are_refused(tmp_path: Path, part
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(("settings", "told"), [({"output_map": True}, "output map"), ({"heads": 4}, "4 heads")])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"output_map": True}, "output map"), ({"heads": 4}, "4 heads"), ({"pooling": "max"}, "no transformer")],
+)
 @pytest.mark.parametrize("part", ["aggregator", "pretrained_aggregator"])
 def test_aggregators_that_the_format_does_not_know_are_refused(
     tmp_path: Path, part: str, settings: dict[str, Any], told: str

@@ -2,13 +2,13 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import noise
 import pytest
 import torch
+from noise import steady_run_in, train
 from told import one_line
 from torch import Tensor
 
@@ -17,48 +17,22 @@ from dmoe import stages
 from dmoe.artifacts import load_tensors, read_json, save_tensors, write_json
 from dmoe.diagnosis import learned_ranges, summaries
 from dmoe.errors import UserError
-from dmoe.meta_stage import meta_train_student
 from dmoe.model import Model, load_as
 from dmoe.stages import Run
 from dmoe.tasks import TaskKind
 from dmoe.tokens import TokenStore
 from dmoe.watch_stage import batches_of, measure_ranges
-from experts.training import train_expert
 
 SUPPORT = 8
 SETTINGS = ["meta.gradient=double_backward", "meta.inner_lr=0.05", f"meta.support_size={SUPPORT}"]
 
 
-class Steady(noise.Noise):
-    """The same images each time."""
-
-    def images(self, index: Tensor, *, view: Tensor | None = None, draw: int | None = None) -> Tensor:
-        every = torch.rand(len(self), 1, 4, 4, generator=torch.Generator().manual_seed(3))
-        return every[index] + 0.1 * self.domains[index].view(-1, 1, 1, 1)
-
-
 def run_in(folder: Path, *overrides: str, kind: TaskKind = "multiclass") -> Run:
-    run = noise.run_in(folder, *SETTINGS, *overrides, kind=kind)
-    steady = {
-        name: Steady(len(split), first=int(split.domains.min()), domains=len(split.domain_names), kind=kind)
-        for name, split in run.dataset.splits.items()
-    }
-    return replace(run, dataset=replace(run.dataset, splits=steady))
+    return steady_run_in(folder, *SETTINGS, *overrides, kind=kind)
 
 
 def tokens_of(run: Run) -> dict[str, TokenStore]:
     return stages.make_tokens(run, stages.load_experts(run))
-
-
-def train(run: Run) -> None:
-    """All stages up to meta-training."""
-    run.folder.claim(run.config)
-    for number in range(run.config.experts.count):
-        train_expert(run, number)
-    experts = stages.load_experts(run)
-    tokens = stages.make_tokens(run, experts)
-    aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width)
-    meta_train_student(run, tokens, experts, aggregator, stages.pretrain_student(run))
 
 
 @pytest.fixture(scope="module")

@@ -236,21 +236,21 @@ CANDIDATES: Mapping[str, Candidate] = {
         "ERM, mixed statistics",
         "Schneider et al., NeurIPS 2020",
         lambda trial, settings: BatchStatistics(trial.erm(), **settings),
-        [{"source_weight": weight} for weight in (16, 4, 32, 64, 128, 256)],
+        [{"source_weight": weight} for weight in (16, 64, 128, 256, 512, 1024)],
         adapts_erm=True,
     ),
     "tent": Candidate(
         "TENT",
         "Wang et al., ICLR 2021",
         lambda trial, settings: Tent(trial.erm(), **settings),
-        [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 1), (1e-3, 10), (3e-3, 10), (1e-2, 10), (3e-3, 30), (1e-2, 30))],
+        [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 1), (1e-3, 10), (3e-3, 10), (1e-2, 10), (3e-3, 30), (2e-2, 10))],
         adapts_erm=True,
     ),
     "shot_im": Candidate(
         "SHOT-IM",
         "Liang et al., ICML 2020",
         lambda trial, settings: ShotIm(trial.erm(), **settings),
-        [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 15), (1e-2, 15), (3e-3, 15), (1e-2, 5), (3e-2, 15), (1e-2, 30))],
+        [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 15), (1e-2, 15), (1e-2, 30), (3e-2, 15), (3e-2, 30), (1e-1, 10))],
         adapts_erm=True,
     ),
     "t3a": Candidate(
@@ -303,10 +303,10 @@ CANDIDATES: Mapping[str, Candidate] = {
             {"lr": lr, "steps": steps, "recovery": recovery}
             for lr, steps, recovery in (
                 (2.5e-4, 1, 0.2),
-                (1e-3, 1, 0.2),
-                (1e-2, 1, 0.02),
-                (1e-3, 10, 0.02),
-                (1e-2, 10, 0.02),
+                (1e-3, 10, 0.067),
+                (1e-2, 10, 0.067),
+                (3e-2, 10, 0.067),
+                (1e-1, 10, 0.067),
                 (3e-2, 10, 0.02),
             )
         ],

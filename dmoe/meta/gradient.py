@@ -2,10 +2,12 @@
 
 Everything is a pure function of tensors. Notation: theta, the student's feature parameters, and w, its head's, are
 dictionaries of tensors; ``features(theta, images)`` gives ``[B, D]`` and ``head(w, features)`` gives ``[B, K]``; the target t
-is ``[S, D]`` for S support images. psi stands for ``prepare(theta)``: whatever of the network's work depends on theta alone and not
-on images; without a ``prepare`` it is theta. Source: Zhong et al. 2022, algorithm 1.
+is ``[S, D]`` for S support images, or as wide as what is distilled of them, see :func:`distilled`. psi stands for
+``prepare(theta)``: whatever of the network's work depends on theta alone and not on images; without a ``prepare`` it is theta.
+Source: Zhong et al. 2022, algorithm 1.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -20,6 +22,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Params], dict[str, Tensor]]
 GradientMethod = Literal["forward_over_reverse", "reverse_over_reverse", "double_backward"]
 InnerLoss = Literal["mean_square", "norm"]
+Distill = Literal["features", "logits", "both"]
+Told = Callable[[Params, Params, Tensor], Tensor]
+"""(psi, w, images) to what is distilled of the student."""
 
 
 class MetaGradient(NamedTuple):
@@ -30,7 +35,7 @@ class MetaGradient(NamedTuple):
         inner_loss: the inner loss before the first inner step, a scalar.
         theta: gradient by each feature parameter.
         w: gradient by each head parameter.
-        target: gradient by the target, ``[S, D]``; its vector-Jacobian product with the aggregator is phi's gradient.
+        target: gradient by the target, of its shape; its vector-Jacobian product with the aggregator is phi's gradient.
         logits: logits of the query images after adapting, ``[Q, K]``, detached.
     """
 
@@ -40,6 +45,20 @@ class MetaGradient(NamedTuple):
     w: dict[str, Tensor]
     target: Tensor
     logits: Tensor
+
+
+def distilled(features: Tensor, logits: Callable[[Tensor], Tensor], what: Distill = "features") -> Tensor:
+    """What an inner step brings together: features ``[B, D]``, their logits ``[B, K]``, or both side by side, ``[B, D + K]``.
+
+    The two are so scaled that a mean square over both is the sum of their mean squares.
+    """
+    if what == "features":
+        return features
+    said = logits(features)
+    if what == "logits":
+        return said
+    width = features.shape[1] + said.shape[1]
+    return torch.cat([part * math.sqrt(width / part.shape[1]) for part in (features, said)], dim=1)
 
 
 def distillation_loss(features: Tensor, target: Tensor, kind: InnerLoss = "mean_square") -> Tensor:
@@ -139,6 +158,7 @@ def meta_gradient(
     inner_lr: float,
     inner_steps: int = 1,
     inner_loss: InnerLoss = "mean_square",
+    distill: Distill = "features",
     method: GradientMethod = "forward_over_reverse",
     chunk_size: int | None = None,
     prepare: Prepare = dict,
@@ -152,27 +172,34 @@ def meta_gradient(
 
     Args:
         loss: ``(logits [Q, K], labels [Q]) -> scalar``, a mean over images.
-        target: t of the support images ``[S, D]``; whatever graph it carries is left alone.
+        target: t of the support images, what is distilled of the aggregator; whatever graph it carries is left alone.
         inner_lr: step size of the inner steps.
-        inner_steps: how many, at least 1.
+        inner_steps: how many, at least 1; of theta only.
+        distill: see :func:`distilled`; other than features, w has a part in the inner steps too, and its gradient says so.
         chunk_size: images at a time; None: all at once. ``double_backward`` takes no chunks.
         prepare: theta to what ``features`` takes in its place, done once for all chunks; must have a forward mode.
     """
     theta = {name: value.detach() for name, value in theta.items()}
     w = {name: value.detach() for name, value in w.items()}
+
+    def told(psi: Params, q: Params, images: Tensor) -> Tensor:
+        return distilled(features(psi, images), lambda found: head(q, found), distill)
+
     episode = _Episode(
-        features, head, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss, prepare
+        features, head, told, loss, theta, w, target.detach(), support, query, labels, inner_lr, inner_steps, inner_loss, prepare
     )
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has neither a second derivative nor a forward mode
         if method == "double_backward":
             return _double_backward(episode)
         product = _forward_over_reverse if method == "forward_over_reverse" else _reverse_over_reverse
-        return _by_products(episode, product, chunk_size or max(len(support), len(query)))
+        known = {} if distill == "features" else w
+        return _by_products(episode, product, known, chunk_size or max(len(support), len(query)))
 
 
 class _Episode(NamedTuple):
     features: Apply
     head: Apply
+    told: Told
     loss: Loss
     theta: Params
     w: Params
@@ -186,18 +213,22 @@ class _Episode(NamedTuple):
     prepare: Prepare
 
 
-Product = Callable[[Apply, Params, Params, Tensor, Tensor, InnerLoss], tuple[Params, Tensor]]
-"""(features, psi, u, images, target, inner loss) to (H u, M u): H is d2 L_in / dpsi2, M is d2 L_in / dt dpsi."""
+Product = Callable[[Told, Params, Params, Params, Tensor, Tensor, InnerLoss], tuple[Params, Params, Tensor]]
+"""(told, psi, u, w, images, target, inner loss) to (H u, W u, M u): d2 L_in / dpsi2, d2 L_in / dw dpsi and d2 L_in / dt dpsi."""
 
 
-def _by_products(episode: _Episode, product: Product, chunk_size: int) -> MetaGradient:
+def _by_products(episode: _Episode, product: Product, known: Params, chunk_size: int) -> MetaGradient:
     """Back through the inner steps by Hessian-vector products, chunk by chunk.
 
     With theta_0 = theta, theta_{k+1} = theta_k - lr * dL_in/dtheta_k and v_K = dL_out/dtheta_K: v_k = v_{k+1} - lr * H v_{k+1}, and
-    dL_out/dt grows by -lr * M v_{k+1}, both at theta_k. Chunks know psi only. H v by theta is the tangent, along theta's v and
-    dL_in/dpsi's H u, of the pull-back of dL_in/dpsi through ``prepare``, where u is the tangent of psi along v.
+    dL_out/dt grows by -lr * M v_{k+1}, dL_out/dw by -lr * W v_{k+1}, all at theta_k. Chunks know psi only. H v by theta is the
+    tangent, along theta's v and dL_in/dpsi's H u, of the pull-back of dL_in/dpsi through ``prepare``, where u is the tangent of psi
+    along v.
+
+    Args:
+        known: w where the inner loss depends on it; empty otherwise.
     """
-    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind, prepare = episode
+    features, head, told, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind, prepare = episode
     chunks = [(images, t, len(images) / len(support)) for images, t in _split(chunk_size, support, target)]
 
     def pull(p: Params, by_psi: Params) -> dict[str, Tensor]:
@@ -210,7 +241,7 @@ def _by_products(episode: _Episode, product: Product, chunk_size: int) -> MetaGr
     for _ in range(inner_steps):
         psi, inner_loss, inner_gradient = prepare(theta), target.new_zeros(()), _Sum()
         for images, t, share in chunks:
-            part, value = grad_and_value(lambda p, x=images, t=t: distillation_loss(features(p, x), t, kind))(psi)
+            part, value = grad_and_value(lambda p, x=images, t=t: distillation_loss(told(p, known, x), t, kind))(psi)
             inner_gradient.add(part, share)
             inner_loss += share * value
         path.append((theta, inner_gradient.total))
@@ -240,8 +271,10 @@ def _by_products(episode: _Episode, product: Product, chunk_size: int) -> MetaGr
         psi, u = prepared[0], prepared[1]
         hessian_u = _Sum()
         for (images, t, share), rows in zip(chunks, target_gradient.split(chunk_size), strict=True):
-            part, by_target = product(features, psi, u, images, t, kind)
+            part, by_w, by_target = product(told, psi, u, known, images, t, kind)
             hessian_u.add(part, share)
+            if known:
+                w_gradient.add(by_w, -inner_lr * share)
             rows.sub_(inner_lr * share * by_target)
         del psi, u, prepared, part
         hessian_v = jvp(pull, (theta, by_psi_there), (v, hessian_u.total))[1]
@@ -250,12 +283,15 @@ def _by_products(episode: _Episode, product: Product, chunk_size: int) -> MetaGr
 
 
 def _forward_over_reverse(
-    features: Apply, psi: Params, u: Params, images: Tensor, target: Tensor, kind: InnerLoss
-) -> tuple[Params, Tensor]:
-    """One forward-mode pass through the reverse pass: H u, and J u, the tangent of the features f. M u is (d2 L_in / dt df) J u."""
+    told: Told, psi: Params, u: Params, w: Params, images: Tensor, target: Tensor, kind: InnerLoss
+) -> tuple[Params, Params, Tensor]:
+    """One forward-mode pass through the reverse pass: H u, W u, and J u, the tangent of what is told.
 
-    def inner(p: Params) -> tuple[Tensor, Tensor]:
-        found = features(p, images)
+    M u is the tangent of dL_in/dt along J u.
+    """
+
+    def inner(p: Params, q: Params) -> tuple[Tensor, Tensor]:
+        found = told(p, q, images)
         return distillation_loss(found, target, kind), found
 
     def by_target(found: Tensor) -> Tensor:
@@ -263,22 +299,24 @@ def _forward_over_reverse(
         gradient: Tensor = grad(lambda t: distillation_loss(found, t, kind))(target)
         return gradient
 
-    passed = jvp(grad(inner, has_aux=True), (dict(psi),), (dict(u),))
-    (_, found), (hessian_u, jacobian_u) = passed[0], passed[1]
-    return hessian_u, jvp(by_target, (found,), (jacobian_u,))[1]
+    passed = jvp(lambda p: grad(inner, argnums=(0, 1), has_aux=True)(p, dict(w)), (dict(psi),), (dict(u),))
+    (_, found), ((hessian_u, w_u), jacobian_u) = passed[0], passed[1]
+    return hessian_u, w_u, jvp(by_target, (found,), (jacobian_u,))[1]
 
 
 def _reverse_over_reverse(
-    features: Apply, psi: Params, u: Params, images: Tensor, target: Tensor, kind: InnerLoss
-) -> tuple[Params, Tensor]:
-    """The gradient of <dL_in/dpsi, u> by psi and by t."""
+    told: Told, psi: Params, u: Params, w: Params, images: Tensor, target: Tensor, kind: InnerLoss
+) -> tuple[Params, Params, Tensor]:
+    """The gradient of <dL_in/dpsi, u> by psi, by w and by t."""
     leaves = {name: value.clone().requires_grad_() for name, value in psi.items()}
+    w_leaves = {name: value.clone().requires_grad_() for name, value in w.items()}
     t = target.clone().requires_grad_()
-    inner_loss = distillation_loss(features(leaves, images), t, kind)
+    inner_loss = distillation_loss(told(leaves, w_leaves, images), t, kind)
     gradients = torch.autograd.grad(inner_loss, list(leaves.values()), create_graph=True, materialize_grads=True)
     along = torch.stack([(g * u[name]).sum() for name, g in zip(leaves, gradients, strict=True)]).sum()
-    *hessian_u, mixed_u = torch.autograd.grad(along, [*leaves.values(), t], materialize_grads=True)
-    return dict(zip(leaves, hessian_u, strict=True)), mixed_u
+    wanted = [*leaves.values(), *w_leaves.values(), t]
+    *found, mixed_u = torch.autograd.grad(along, wanted, materialize_grads=True)
+    return dict(zip(leaves, found, strict=False)), dict(zip(w_leaves, found[len(leaves) :], strict=True)), mixed_u
 
 
 def _split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -303,14 +341,14 @@ class _Sum:
 
 def _double_backward(episode: _Episode) -> MetaGradient:
     """The whole episode as one graph, differentiated by autograd."""
-    features, head, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind, prepare = episode
+    features, head, told, loss, theta, w, target, support, query, labels, inner_lr, inner_steps, kind, prepare = episode
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     head_leaves = {name: value.clone().requires_grad_() for name, value in w.items()}
     t = target.clone().requires_grad_()
     point: dict[str, Tensor] = leaves
     inner_losses: list[Tensor] = []
     for _ in range(inner_steps):
-        inner_loss = distillation_loss(features(prepare(point), support), t, kind)
+        inner_loss = distillation_loss(told(prepare(point), head_leaves, support), t, kind)
         gradients = torch.autograd.grad(inner_loss, list(point.values()), create_graph=True, materialize_grads=True)
         point = {name: value - inner_lr * g for (name, value), g in zip(point.items(), gradients, strict=True)}
         inner_losses.append(inner_loss.detach())

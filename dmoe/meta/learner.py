@@ -5,19 +5,22 @@ Notation: S support and Q query images, N experts, D feature width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.distributed import World, folded
-from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, Params, meta_gradient
+from dmoe.meta.gradient import Distill, GradientMethod, InnerLoss, MetaGradient, Params, distilled, meta_gradient
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
 from dmoe.models.networks import Network, in_layout
 from dmoe.optimizers import ScheduledAdam, step_if_finite
 from dmoe.precision import Precision, computing_in, not_coarse
 from dmoe.tasks import Task
+
+Learns = Literal["both", "aggregator", "student"]
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,26 @@ class MetaLearner:
         inner_lr: float,
         inner_steps: int = 1,
         inner_loss: InnerLoss = "mean_square",
+        distill: Distill = "features",
+        learns: Learns = "both",
         way: Way | None = None,
         precision: Precision = "float32",
     ) -> None:
+        """
+        Args:
+            distill: see :func:`~dmoe.meta.gradient.distilled`; other than features, of an :class:`Aggregator` only.
+            learns: which of the two; the other one gets no gradients.
+        """
         self.student, self.aggregator = student.eval(), aggregator.eval()
         self._task, self._inner_lr, self._inner_steps = task, inner_lr, inner_steps
         self._inner_loss, self._precision = inner_loss, precision
+        self._distill, self._learns = distill, learns
         self.way = way or Way()
         self._folding = Folding(student.features)
         self._theta = dict(student.features.named_parameters())
         self._w = dict(student.head.named_parameters())
-        self._phi = [p for name, p in aggregator.named_parameters() if not name.startswith("head.")]
+        apart = {"features": "head.", "logits": "output_map.", "both": "-"}[distill]
+        self._phi = [p for name, p in aggregator.named_parameters() if not name.startswith(apart)]
 
     @property
     def way(self) -> Way:
@@ -108,12 +120,14 @@ class MetaLearner:
 
     @property
     def student_parameters(self) -> list[nn.Parameter]:
-        return [*self._theta.values(), *self._w.values()]
+        """theta and w; none where only the aggregator learns."""
+        return [] if self._learns == "aggregator" else [*self._theta.values(), *self._w.values()]
 
     @property
     def aggregator_parameters(self) -> list[nn.Parameter]:
-        """phi; the aggregator's head has no part in the target."""
-        return self._phi
+        """phi: what has a part in the target, as the aggregator's head has where logits are distilled; none where only the student
+        learns."""
+        return [] if self._learns == "student" else self._phi
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
@@ -131,15 +145,17 @@ class MetaLearner:
             totals["query_accuracy"] = 0.0
 
         def share(episode: EpisodeBatch) -> list[Tensor]:
-            target = self.aggregator(episode.tokens)
+            target = self._target(episode.tokens)
             found = self._meta_gradient(episode, target)
-            by_phi = torch.autograd.grad(target, self._phi, found.target) if self._phi else ()
+            phi = self.aggregator_parameters
+            by_phi = torch.autograd.grad(target, phi, found.target) if phi else ()
+            by_student = (*found.theta.values(), *found.w.values()) if self.student_parameters else ()
             totals["query_loss"] += found.loss.item() / count
             totals["inner_loss"] += found.inner_loss.item() / count
             if self._task.kind != "regression":
                 right = self._task.predictions(found.logits) == episode.labels
                 totals["query_accuracy"] += right.float().mean().item() / count
-            return [gradient / count for gradient in (*found.theta.values(), *found.w.values(), *by_phi)]
+            return [gradient / count for gradient in (*by_student, *by_phi)]
 
         if episodes:
             for parameter, gradient in zip(self._parameters, folded(episodes, share), strict=True):
@@ -159,23 +175,29 @@ class MetaLearner:
         return dict(zip(values, sums.tolist(), strict=True))
 
     def update(
-        self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None
+        self, step: int, episodes: Sequence[EpisodeBatch], student_adam: ScheduledAdam | None, aggregator_adam: ScheduledAdam | None
     ) -> dict[str, float]:
         """One step of both optimizers on the mean gradient of the episodes; returns scalars."""
         return self.apply(step, self.add_gradients(episodes), student_adam, aggregator_adam)
 
     def apply(
-        self, step: int, values: Mapping[str, float], student_adam: ScheduledAdam, aggregator_adam: ScheduledAdam | None
+        self, step: int, values: Mapping[str, float], student_adam: ScheduledAdam | None, aggregator_adam: ScheduledAdam | None
     ) -> dict[str, float]:
         """One step of both optimizers on the gradients that are there, see :func:`~dmoe.optimizers.step_if_finite`."""
-        optimizers = {"student_gradient_norm": student_adam}
-        if aggregator_adam is not None:
-            optimizers["aggregator_gradient_norm"] = aggregator_adam
-        return step_if_finite(step, values, optimizers)
+        found = {"student_gradient_norm": student_adam, "aggregator_gradient_norm": aggregator_adam}
+        return step_if_finite(step, values, {name: adam for name, adam in found.items() if adam is not None})
 
     def clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _target(self, tokens: Tensor) -> Tensor:
+        """What is distilled of the aggregator."""
+        aggregator = self.aggregator
+        target: Tensor = aggregator(tokens)
+        if isinstance(aggregator, ZeroTarget):
+            return target
+        return distilled(target, lambda _: aggregator.logits(tokens), self._distill)
 
     def _meta_gradient(self, episode: EpisodeBatch, target: Tensor) -> MetaGradient:
         support, query = episode.support, episode.query
@@ -196,6 +218,7 @@ class MetaLearner:
                 inner_lr=self._inner_lr,
                 inner_steps=self._inner_steps,
                 inner_loss=self._inner_loss,
+                distill=self._distill,
                 method=self.way.method,
                 chunk_size=self.way.chunk_size,
             )

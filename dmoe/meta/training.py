@@ -71,14 +71,15 @@ def meta_train(
     def update(number: int) -> list[EpisodeBatch]:
         return [tensors(sampler(number, slot)) for slot in world.share(range(per_update))]
 
-    student_adam = ScheduledAdam(learner.student_parameters, config.student, steps=steps, steps_per_epoch=steps_per_epoch)
-    optimizers = {"student": student_adam}
-    aggregator_adam = None
-    if learner.aggregator_parameters:
-        aggregator_adam = ScheduledAdam(
-            learner.aggregator_parameters, config.aggregator, steps=steps, steps_per_epoch=steps_per_epoch
-        )
-        optimizers["aggregator"] = aggregator_adam
+    learning = {
+        "student": (learner.student_parameters, config.student),
+        "aggregator": (learner.aggregator_parameters, config.aggregator),
+    }
+    optimizers = {
+        name: ScheduledAdam(parameters, settings, steps=steps, steps_per_epoch=steps_per_epoch)
+        for name, (parameters, settings) in learning.items()
+        if parameters
+    }
     batches: Iterator[Sequence[EpisodeBatch]] = iter(())
 
     def start(first: int) -> None:
@@ -93,7 +94,7 @@ def meta_train(
         episodes = [replace(e, support=split.finish(e.support), query=split.finish(e.query)) for e in here]
         values = gradients_that_fit(learner, episodes, of=per_update, changed=way_changed)
         values = learner.add_up_gradients(values, world)
-        return learner.apply(number, values, student_adam, aggregator_adam)
+        return learner.apply(number, values, optimizers.get("student"), optimizers.get("aggregator"))
 
     def describe(number: int) -> str:
         episodes = [sampler(number, slot) for slot in range(per_update)]

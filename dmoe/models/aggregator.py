@@ -3,8 +3,12 @@
 Notation: B images, N experts, D feature width, K classes; tokens ``[B, N, D]``, targets ``[B, D]``.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+Pooling = Literal["transformer", "mean", "max"]
 
 
 class Block(nn.Module):
@@ -39,18 +43,31 @@ class Aggregator(nn.Module):
     Source: Zhong et al. 2022, section 3.2; depth, heads and widths as in the public code.
 
     Attributes:
-        head: used in pretraining only, to learn from labels.
+        head: used in pretraining, to learn from labels, and where logits are distilled.
         output_map: an affine map behind the pooling, or None. It is our addition: fitted onto the features of the pretrained
             student, it makes the first inner steps harmless (see :meth:`fit_output_map`).
     """
 
-    def __init__(self, *, width: int, num_outputs: int, depth: int, heads: int, dropout: float, output_map: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_outputs: int,
+        depth: int,
+        heads: int,
+        dropout: float,
+        output_map: bool = False,
+        pooling: Pooling = "transformer",
+    ) -> None:
         """
         Args:
             width: D; divisible by ``heads``.
             num_outputs: K.
+            pooling: of transformed tokens the mean; or mean or maximum of the tokens as they are, without blocks.
         """
         super().__init__()
+        self._pooling = pooling
+        depth = depth if pooling == "transformer" else 0
         self.blocks = nn.ModuleList(Block(width=width, heads=heads, dropout=dropout) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_outputs))
         self.output_map = nn.Linear(width, width) if output_map else None
@@ -59,10 +76,10 @@ class Aggregator(nn.Module):
             nn.init.zeros_(self.output_map.bias)
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The mean of the transformed tokens, ``[B, D]``. Any number of tokens will do."""
+        """The mean of the transformed tokens (or as ``pooling`` says), ``[B, D]``. Any number of tokens will do."""
         for block in self.blocks:
             tokens = block(tokens)
-        return tokens.mean(dim=1)
+        return tokens.amax(dim=1) if self._pooling == "max" else tokens.mean(dim=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The target feature ``[B, D]``."""
@@ -70,7 +87,7 @@ class Aggregator(nn.Module):
         return pooled if self.output_map is None else self.output_map(pooled)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, K]``, for pretraining."""
+        """Logits ``[B, K]``."""
         logits: Tensor = self.head(self.pooled(tokens))
         return logits
 

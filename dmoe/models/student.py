@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmoe.diagnosis import Diagnosis, measured
-from dmoe.meta.gradient import Apply, InnerLoss, Params, adapted_from
+from dmoe.meta.gradient import Apply, Distill, InnerLoss, Params, adapted_from, distilled
 from dmoe.models.copying import private_copy, set_parameters
 from dmoe.tasks import Task
 
@@ -38,39 +38,56 @@ class Student:
         """The modules are wrapped, not copied and not changed; in-place changes of their tensors show here."""
         self.features, self.head, self.task = private_copy(features), private_copy(head), task
 
-    def adapted(self, images: Tensor, target: Tensor, *, watched: bool = False, **inner: Unpack[InnerSteps]) -> "Student":
+    def adapted(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        watched: bool = False,
+        distill: Distill = "features",
+        **inner: Unpack[InnerSteps],
+    ) -> "Student":
         """This student after gradient steps of its features towards ``target`` ``[B, D]`` on ``images``.
 
         Args:
+            distill: what the target is of, see :func:`~dmoe.meta.gradient.distilled`; ``[B, K]`` or ``[B, D + K]`` with logits.
             watched: whether its diagnosis has the statistics of adapting; costs one more pass of the images through the features.
 
         Raises:
-            ValueError: the features of the images have another shape than the target.
+            ValueError: what is distilled of the images has another shape than the target.
         """
         features = private_copy(self.features)  # the new student's own; functional_call swaps tensors inside while it runs
-        parameters, before = adapted_from(_calls(features), dict(features.named_parameters()), images, target, **inner)
+        told = self._tells(_calls(features), distill)
+        parameters, before = adapted_from(told, dict(features.named_parameters()), images, target, **inner)
         student = self._with(features, parameters)
         if not watched:
             return student
         with torch.no_grad():
-            (statistics,) = self._measured(before[None], student.features(images)[None], target[None])
+            (statistics,) = self._measured(before[None], student.features(images)[None], target[None], distill)
         return student.diagnosed(Diagnosis(statistics, images=len(images)))
 
     def adapted_to_many(
-        self, images: Tensor, targets: Tensor, *, watched: bool = False, **inner: Unpack[InnerSteps]
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        watched: bool = False,
+        distill: Distill = "features",
+        **inner: Unpack[InnerSteps],
     ) -> list["Student"]:
         """A student for each of G domains, from images ``[G, B, C, H, W]`` and targets ``[G, B, D]``, in one vectorised pass."""
         features = private_copy(self.features)
         call, theta = _calls(features), {name: p.detach() for name, p in features.named_parameters()}
+        told = self._tells(call, distill)
         with sdpa_kernel(SDPBackend.MATH):
-            found, before = vmap(lambda x, t: adapted_from(call, theta, x, t, **inner))(images, targets)
+            found, before = vmap(lambda x, t: adapted_from(told, theta, x, t, **inner))(images, targets)
         each = [{name: value[number] for name, value in found.items()} for number in range(len(images))]
         students = [self._with(private_copy(self.features), parameters) for parameters in each]
         if not watched:
             return students
         with torch.no_grad():
             after = vmap(call)(found, images)
-            all_statistics = self._measured(before, after, targets)
+            all_statistics = self._measured(before, after, targets, distill)
         diagnoses = [Diagnosis(statistics, images=images.shape[1]) for statistics in all_statistics]
         return [student.diagnosed(diagnosis) for student, diagnosis in zip(students, diagnoses, strict=True)]
 
@@ -80,11 +97,23 @@ class Student:
         student.features, student.head, student.task, student.diagnosis = self.features, self.head, self.task, diagnosis
         return student
 
-    def _measured(self, before: Tensor, after: Tensor, targets: Tensor) -> list[dict[str, float]]:
-        """The statistics of adapting to each of G domains, from features and targets ``[G, B, D]``."""
-        logits = self.head(after.flatten(0, 1))
+    def _tells(self, features: Apply, distill: Distill) -> Apply:
+        """Feature parameters and images to what is distilled of them."""
+        head, w = _calls(self.head), {name: p.detach() for name, p in self.head.named_parameters()}
+        return lambda theta, images: distilled(features(theta, images), lambda found: head(w, found), distill)
+
+    def _measured(self, before: Tensor, after: Tensor, targets: Tensor, distill: Distill) -> list[dict[str, float]]:
+        """The statistics of adapting to each of G domains.
+
+        Args:
+            before: what is distilled, before adapting; targets are of that too.
+            after: the features after it, ``[G, B, D]``.
+        """
+        features = after.flatten(0, 1)
+        logits = self.head(features)
         outputs = self.task.probabilities(logits).unflatten(0, after.shape[:2])
-        return measured(before, after, targets, outputs, classes=self.task.kind != "regression")
+        told = distilled(features, lambda _: logits, distill).unflatten(0, after.shape[:2])
+        return measured(before, told, targets, outputs, classes=self.task.kind != "regression")
 
     def _with(self, features: nn.Module, parameters: Mapping[str, Tensor]) -> "Student":
         """A student around ``features``, which become its own, with other parameters."""
@@ -112,7 +141,7 @@ class Student:
 
 
 def _calls(module: nn.Module) -> Apply:
-    """The module as a function of its parameters and images."""
+    """The module as a function of its parameters and what it is given."""
     buffers = dict(module.named_buffers())
 
     def call(theta: Params, images: Tensor) -> Tensor:

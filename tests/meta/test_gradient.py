@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmoe.meta.gradient import GradientMethod, InnerLoss, MetaGradient, adapted_parameters, inner_step, meta_gradient
+from dmoe.meta.gradient import (
+    Distill,
+    GradientMethod,
+    InnerLoss,
+    MetaGradient,
+    adapted_parameters,
+    distilled,
+    inner_step,
+    meta_gradient,
+)
 from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.folding import Folding
@@ -50,8 +59,10 @@ def small_network() -> Network:
 class Problem:
     """One episode, and its outer loss written down a second time with nothing but autograd."""
 
-    def __init__(self, inner_loss: InnerLoss = "mean_square") -> None:
-        self.inner_loss = inner_loss
+    inner_lr = INNER_LR
+
+    def __init__(self, inner_loss: InnerLoss = "mean_square", distill: Distill = "features") -> None:
+        self.inner_loss, self.distill = inner_loss, distill
         torch.manual_seed(1)
         self.network = small_network()
         self.theta = {name: p.detach() for name, p in self.network.features.named_parameters()}
@@ -60,6 +71,7 @@ class Problem:
         self.support = torch.randn(S, 2, 6, 6, dtype=torch.float64)
         self.query = torch.randn(Q, 2, 6, 6, dtype=torch.float64)
         self.labels = torch.tensor([0, 2, 1, 2])
+        self.said = torch.randn(S, K, dtype=torch.float64)  # the target's logits
 
     def features(self, theta: Mapping[str, Tensor], images: Tensor) -> Tensor:
         buffers = dict(self.network.features.named_buffers())
@@ -79,13 +91,14 @@ class Problem:
             loss=F.cross_entropy,
             theta=self.theta,
             w=self.w,
-            target=self.target,
+            target=distilled(self.target, lambda _: self.said, self.distill),
             support=self.support,
             query=self.query,
             labels=self.labels,
-            inner_lr=INNER_LR,
+            inner_lr=self.inner_lr,
             inner_steps=inner_steps,
             inner_loss=self.inner_loss,
+            distill=self.distill,
             method=method,
             chunk_size=chunk_size,
         )
@@ -250,6 +263,131 @@ def test_phi_gets_the_slope_of_the_outer_loss(problem: Problem, method: Gradient
             target = aggregator(tokens)
             with torch.enable_grad():
                 return problem.outer_loss(problem.theta, problem.w, target, inner_steps)
+
+        slope = sum(float((p.grad * d).sum()) for p, d in zip(phi, direction, strict=True) if p.grad is not None)
+        assert slope == pytest.approx(central_difference(along), rel=1e-6, abs=1e-9)
+        assert abs(slope) > 1e-5
+
+
+class LogitsProblem(Problem):
+    """An episode in which logits are distilled, written down with nothing but autograd."""
+
+    inner_lr = 0.1  # three larger steps on two losses would cross a kink of the network for any difference that rounding allows
+
+    def loss_by_hand(
+        self, theta: Mapping[str, Tensor], w: Mapping[str, Tensor], target: Tensor, said: Tensor, inner_steps: int
+    ) -> Tensor:
+        for _ in range(inner_steps):
+            found = self.features(theta, self.support)
+            loss = ((found @ w["weight"].T + w["bias"] - said) ** 2).sum() / (S * K)
+            if self.distill == "both":
+                loss = loss + ((found - target) ** 2).sum() / (S * D)
+            gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            theta = {name: value - self.inner_lr * g for (name, value), g in zip(theta.items(), gradients, strict=True)}
+        return F.cross_entropy(self.head(w, self.features(theta, self.query)), self.labels)
+
+    def values(self) -> dict[str, Params]:
+        return {"theta": self.theta, "w": self.w, "target": {"t": self.target}, "said": {"s": self.said}}
+
+    def outer(self, values: dict[str, Params], inner_steps: int) -> Tensor:
+        return self.loss_by_hand(values["theta"], values["w"], values["target"]["t"], values["said"]["s"], inner_steps)
+
+
+def leaves_of(values: Params) -> Params:
+    return {name: value.clone().requires_grad_() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("distill", ["logits", "both"])
+def test_gradient_where_logits_are_distilled_is_that_of_autograd(
+    distill: Distill, method: GradientMethod, inner_steps: int
+) -> None:
+    problem = LogitsProblem(distill=distill)
+    values = {name: leaves_of(each) for name, each in problem.values().items()}
+    loss = problem.outer(values, inner_steps)
+    wanted = [*values["theta"].values(), *values["w"].values()]
+    *expected, by_target, by_said = torch.autograd.grad(
+        loss, [*wanted, values["target"]["t"], values["said"]["s"]], materialize_grads=True
+    )
+    found = problem.gradient(method, inner_steps)
+    assert found.loss.item() == pytest.approx(loss.item(), rel=1e-13)
+    torch.testing.assert_close([*found.theta.values(), *found.w.values()], expected, rtol=1e-10, atol=1e-14)
+    target, said = (value.requires_grad_() for value in (problem.target.clone(), problem.said.clone()))
+    both = torch.autograd.grad(distilled(target, lambda _: said, distill), [target, said], found.target, materialize_grads=True)
+    torch.testing.assert_close(list(both), [by_target, by_said], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("argument", ["theta", "w", "target", "said"])
+@pytest.mark.parametrize("distill", ["logits", "both"])
+def test_gradient_where_logits_are_distilled_is_the_slope_of_the_outer_loss(
+    distill: Distill, argument: str, method: GradientMethod, inner_steps: int
+) -> None:
+    problem = LogitsProblem(distill=distill)
+    values, found = problem.values(), problem.gradient(method, inner_steps)
+    for _ in range(2):
+        direction = {name: torch.randn_like(value) for name, value in values[argument].items()}
+
+        def along(step: float, direction: Params = direction) -> float:
+            moved = {**values, argument: {name: value + step * direction[name] for name, value in values[argument].items()}}
+            moved["theta"] = leaves_of(moved["theta"])
+            return problem.outer(moved, inner_steps).item()
+
+        if argument in ("theta", "w"):
+            slope = flat(found.theta if argument == "theta" else found.w) @ flat(direction)
+        else:  # what is distilled is linear in the features and the logits of the target
+            by = {
+                "target": torch.zeros(S, D).double(),
+                "said": torch.zeros(S, K).double(),
+                argument: next(iter(direction.values())),
+            }
+            slope = (found.target * distilled(by["target"], lambda _, by=by: by["said"], distill)).sum()
+        assert slope.item() == pytest.approx(central_difference(along), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 100])
+@pytest.mark.parametrize("method", ["forward_over_reverse", "reverse_over_reverse"])
+@pytest.mark.parametrize("inner_loss", get_args(InnerLoss))
+@pytest.mark.parametrize("distill", ["logits", "both"])
+def test_chunks_and_folding_change_nothing_where_logits_are_distilled(
+    distill: Distill, inner_loss: InnerLoss, method: GradientMethod, chunk_size: int
+) -> None:
+    problem = Problem(inner_loss, distill)
+    one, other = problem.gradient(method, 3, chunk_size, Folding(problem.network.features)), problem.gradient("double_backward", 3)
+    assert one.inner_loss.item() == pytest.approx(other.inner_loss.item(), rel=1e-12)
+    assert distance(flat(one.theta), flat(other.theta)) < 1e-11
+    assert distance(flat(one.w), flat(other.w)) < 1e-11
+    assert distance(one.target, other.target) < 1e-11
+
+
+def test_a_mean_square_of_both_is_the_sum_of_the_two() -> None:
+    (f, s), (t, u) = ((torch.randn(S, D).double(), torch.randn(S, K).double()) for _ in "ab")
+    both = distilled(f, lambda _: s, "both") - distilled(t, lambda _: u, "both")
+    assert both.square().mean().item() == pytest.approx((f - t).square().mean().item() + (s - u).square().mean().item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("distill", ["logits", "both"])
+def test_phi_gets_the_slope_where_logits_are_distilled(distill: Distill, method: GradientMethod) -> None:
+    problem = LogitsProblem(distill=distill)
+    aggregator = Aggregator(width=D, num_outputs=K, depth=1, heads=2, dropout=0.1, output_map=True).double()
+    tokens = torch.randn(S, 3, D, dtype=torch.float64)
+    settings: dict[str, Any] = {"inner_lr": problem.inner_lr, "distill": distill, "way": Way(method)}
+    learner = MetaLearner(student=problem.network, aggregator=aggregator, task=Task("multiclass", num_outputs=K), **settings)
+    learner.add_gradients([EpisodeBatch(problem.support, tokens, problem.query, problem.labels)])
+    phi = learner.aggregator_parameters
+    start = [parameter.detach().clone() for parameter in phi]
+    for _ in range(3):
+        direction = [torch.randn_like(parameter) for parameter in phi]
+
+        def along(step: float, direction: list[Tensor] = direction) -> float:
+            with torch.no_grad():
+                for parameter, value, d in zip(phi, start, direction, strict=True):
+                    parameter.copy_(value + step * d)
+                target, said = aggregator(tokens), aggregator.logits(tokens)
+            return problem.loss_by_hand(leaves_of(problem.theta), problem.w, target, said, inner_steps=1).item()
 
         slope = sum(float((p.grad * d).sum()) for p, d in zip(phi, direction, strict=True) if p.grad is not None)
         assert slope == pytest.approx(central_difference(along), rel=1e-6, abs=1e-9)

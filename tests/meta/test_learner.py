@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dmoe.config import Duration, MetaConfig, OptimizerConfig
 from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
-from dmoe.meta.gradient import GradientMethod
-from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
+from dmoe.meta.gradient import Distill, GradientMethod
+from dmoe.meta.learner import EpisodeBatch, Learns, MetaLearner, Way, ZeroTarget
 from dmoe.meta.training import gradients_that_fit, meta_train
-from dmoe.models.aggregator import Aggregator
+from dmoe.models.aggregator import Aggregator, Pooling
 from dmoe.models.expert_pool import ExpertPool, Mask, without_own_expert
 from dmoe.models.networks import Network
 from dmoe.optimizers import ScheduledAdam
@@ -162,6 +162,42 @@ def test_the_output_map_of_the_aggregator_learns() -> None:
     learner_of(student(), teacher).add_gradients([episode()])
     assert teacher.output_map is not None
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in teacher.output_map.parameters())
+
+
+@pytest.mark.parametrize(
+    ("distill", "parts"),
+    [("features", {"blocks", "output_map"}), ("logits", {"blocks", "head"}), ("both", {"blocks", "output_map", "head"})],
+)
+def test_of_the_aggregator_what_has_a_part_in_what_is_distilled_learns(distill: Distill, parts: set[str]) -> None:
+    teacher = Aggregator(width=D, num_outputs=K, depth=1, heads=2, dropout=0.0, output_map=True).double()
+    MetaLearner(student=student(), aggregator=teacher, task=TASK, inner_lr=0.3, distill=distill).add_gradients([episode()])
+    learned = {name.split(".")[0] for name, p in teacher.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert learned == parts
+
+
+@pytest.mark.parametrize("learns", ["student", "aggregator"])
+def test_where_one_of_the_two_learns_it_is_by_the_same_gradients_and_the_other_has_none(learns: Learns) -> None:
+    network, teacher, one = student(), aggregator(), episode()
+    both = learner_of(network, teacher)
+    _, expected = gradients(both, [one])
+    ours = slice(None, len(both.student_parameters)) if learns == "student" else slice(len(both.student_parameters), None)
+    learner = MetaLearner(student=network, aggregator=teacher, task=TASK, inner_lr=0.3, learns=learns)
+    _, found = gradients(learner, [one])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected[ours], strict=True))
+    learner.add_gradients([one])
+    theirs = both.aggregator_parameters if learns == "student" else both.student_parameters
+    assert all(parameter.grad is None for parameter in theirs)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooling_without_parameters_leaves_the_student_to_learn_alone(pooling: Pooling) -> None:
+    teacher = Aggregator(width=D, num_outputs=K, depth=1, heads=2, dropout=0.0, pooling=pooling).double()
+    learner, one = learner_of(student(), teacher), episode()
+    assert learner.aggregator_parameters == []
+    values, _ = gradients(learner, [one])
+    pooled = one.tokens.amax(dim=1) if pooling == "max" else one.tokens.mean(dim=1)
+    expected = (learner.student.features(one.support) - pooled).square().mean().item()
+    assert values["inner_loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_batch_norm_and_dropout_stay_in_eval_mode() -> None:

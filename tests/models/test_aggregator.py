@@ -1,10 +1,14 @@
 """The aggregator: a function of a set, a standard transformer block, and an affine map that can be fitted."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dmoe.models.aggregator import Aggregator, Block
+from dmoe.models.aggregator import Aggregator, Block, Pooling
 
 B, N, D, K = 5, 4, 12, 3
 
@@ -149,3 +153,21 @@ def test_attention_is_the_softmax_of_scaled_products_of_queries_and_keys_in_ever
         query, key = (part.unflatten(-1, (3, D // 3)).transpose(1, 2) for part in projected.split(D, dim=-1)[:2])
         torch.testing.assert_close(weights, (query @ key.mT / (D // 3) ** 0.5).softmax(-1), rtol=1e-10, atol=1e-12)
         x = block(x)
+
+
+@pytest.mark.parametrize(("pooling", "pool"), [("mean", np.mean), ("max", np.max)])
+def test_pooling_without_a_transformer_is_of_the_tokens_as_they_are(
+    pooling: Pooling, pool: Callable[..., NDArray[np.float64]]
+) -> None:
+    model, x = Aggregator(width=D, num_outputs=K, depth=2, heads=5, dropout=0.1, pooling=pooling).double(), tokens()
+    np.testing.assert_allclose(model(x).numpy(), pool(x.numpy(), axis=1), rtol=1e-14)
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"head"}, "nothing to learn but the head"
+    torch.testing.assert_close(model.logits(x), model.head(model(x)))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_behind_any_pooling_an_output_map_can_be_fitted(pooling: Pooling) -> None:
+    model = Aggregator(width=D, num_outputs=K, depth=1, heads=3, dropout=0.1, output_map=True, pooling=pooling).double()
+    x, matrix = torch.randn(60, N, D, dtype=torch.float64), torch.randn(D, D, dtype=torch.float64)
+    model.fit_output_map(model.pooled(x), model.pooled(x) @ matrix + 2)
+    torch.testing.assert_close(model(x), model.pooled(x) @ matrix + 2)
