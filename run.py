@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmoe.command_line import open_run, parser, run_dir_of, run_main
+from dmoe.command_line import open_run, parser, read_config, run_dir_of, run_main
 from dmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,20 +67,25 @@ def compare(options: argparse.Namespace) -> None:
     from dmoe.compare import comparison
     from dmoe.machine import cores
     from dmoe.report import __main__ as report
+    from dmoe.run_folder import RunFolder
 
-    given = options.run_dir or run_dir_of(options).with_name(f"{run_dir_of(options).name}_compared")
-    threads = options.threads or max(1, cores() // options.processes)
-    # Of what the command line says, each process is given what is about the machine; a finished run knows the rest.
-    machine = {"--data_dir": options.data_dir, "--gpu": options.gpu, "--threads": threads}
+    folder = options.run_dir or run_dir_of(options).with_name(f"{run_dir_of(options).name}_compared")
+    config = read_config(options, RunFolder(folder / comparison.name_of(options.seeds[0])))
     what = {"--dataset": options.dataset, "--config": options.config}
+    machine = {
+        "--data_dir": options.data_dir,
+        "--gpu": options.gpu,
+        "--threads": options.threads or max(1, cores() // options.processes),
+    }
     comparison.compare(
-        given,
+        folder,
         options.seeds,
-        run=[__file__, *_words(what), *options.overrides],
-        flags=_words(machine),
+        run=[__file__, *_words(what)],
+        flags=[*_words(machine), *options.overrides],
         at_once=options.processes,
+        methods=config.compare.methods,
     )
-    report.main([str(given)])
+    report.main([str(folder)])
 
 
 def _words(flags: Mapping[str, object]) -> list[str]:

@@ -87,7 +87,7 @@ def open_run(
     if options.parent is not None:
         end_with(options.parent)
     folder = RunFolder(run_dir_of(options))
-    config = _read_config(options, folder, finished=finished)
+    config = read_config(options, folder, finished=finished)
     checkpoint_dir: Path | None = getattr(options, "checkpoint_dir", None)
     if checkpoint_dir is not None and not checkpoint_dir.is_dir():
         raise UserError(f"--checkpoint_dir: {checkpoint_dir}: no such folder")
@@ -155,7 +155,12 @@ def _names_in(left_out: Path) -> list[str]:
     return names
 
 
-def _read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: bool) -> "Config":
+def read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: bool = False) -> "Config":
+    """The configuration that the command line asks for: recorded in the run folder, or a file's, with its overrides.
+
+    Raises:
+        UserError: anything about it is wrong.
+    """
     from dmoe.config import CONFIG_FOLDER, known_datasets, load_config
     from dmoe.run_folder import CONFIG_FILE
 

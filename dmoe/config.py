@@ -282,6 +282,8 @@ class EvaluationConfig(Section):
 class CompareConfig(Section):
     """What --compare does with every method."""
 
+    methods: tuple[str, ...] = ()
+    """Short names, for example [erm, tent, meta_dmoe]; none: all."""
     trials: Annotated[int, Field(ge=1, le=1000)] = 6
     """Settings tried on the validation domains, of each method at most so many."""
     trial_share: Annotated[float, Field(gt=0, le=1)] = 0.03

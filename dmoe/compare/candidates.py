@@ -171,7 +171,12 @@ def _before(trial: Trial, settings: Settings) -> Method:
 def _zeros(trial: Trial, settings: Settings) -> Method:
     """Trained by the run's own meta-training, but for the target; the trial is the whole training, of which there is one."""
     run = trial.run
-    run = replace(run, config=run.config.model_copy(update={"meta": run.config.meta.model_copy(update={"target": "zeros"})}))
+    run = replace(
+        run,
+        config=run.config.model_copy(
+            update={"meta": run.config.meta.model_copy(update={"target": "zeros", "distill": "features"})}
+        ),
+    )
     experts, student, task = load_experts(run), trial.pretrained(), run.dataset.task
     aggregator = build_aggregator(run.config.aggregator, width=student.width, num_outputs=task.num_outputs).to(run.device)
     meta_train_student(run, make_tokens(run, experts), experts, aggregator, student, name="compare/zeros/full")

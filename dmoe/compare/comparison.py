@@ -9,31 +9,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmoe.artifacts import written_whole
-from dmoe.compare.candidates import CANDIDATES
+from dmoe.compare.candidates import CANDIDATES, Candidate
 from dmoe.compare.tasks import Task, run_tasks
 from dmoe.compare.work import order_of, read_rows
 from dmoe.console import say
+from dmoe.errors import UserError
 from dmoe.run_folder import RunFolder
 
 RESULTS = "results.jsonl"
 
 
-def compare(folder: Path, seeds: Sequence[int], *, run: Sequence[str], flags: Sequence[str], at_once: int) -> None:
-    """Make what is not finished yet: a run a seed, then every method, then the report.
+def compare(
+    folder: Path, seeds: Sequence[int], *, run: Sequence[str], flags: Sequence[str], at_once: int, methods: Sequence[str] = ()
+) -> None:
+    """Make what is not finished yet: a run a seed, then every method on it.
 
     Args:
         folder: of the comparison.
         run: arguments of the interpreter that make a whole run, but for seed and folder.
         flags: of the command line that every process is given.
         at_once: processes.
+        methods: by their short names; none: all.
 
     Raises:
-        UserError: some of it failed; what is finished is in ``results.jsonl`` all the same.
+        UserError: there is no such method, methods that adapt the ERM student go without it, or some of it failed; what is finished is in ``results.jsonl`` all the same.
     """
+    chosen = candidates_of(methods)
     tasks = {name_of(seed): Task([*run, *flags, "--seed", str(seed), "--run_dir", str(folder / name_of(seed))]) for seed in seeds}
     for seed in seeds:
         place = folder / name_of(seed)
-        for key, candidate in CANDIDATES.items():
+        for key, candidate in chosen.items():
             needs = [name_of(seed)]
             needs += [f"{name_of(seed)}_erm"] if candidate.adapts_erm else []
             needs += [f"{name_of(seeds[0])}_{key}"] if seed != seeds[0] else []
@@ -45,6 +50,18 @@ def compare(folder: Path, seeds: Sequence[int], *, run: Sequence[str], flags: Se
         run_tasks(tasks, at_once=at_once, logs=folder / "logs", name="comparison")
     finally:
         write_results(folder, seeds)
+
+
+def candidates_of(names: Sequence[str]) -> dict[str, Candidate]:
+    """Methods by short names, in the order of the table; all, where none are named."""
+    unknown = [name for name in names if name not in CANDIDATES]
+    if unknown:
+        raise UserError(f"compare.methods: {unknown[0]!r} is unknown; use some of {', '.join(CANDIDATES)}")
+    chosen = {key: candidate for key, candidate in CANDIDATES.items() if key in names or not names}
+    lost = [key for key, candidate in chosen.items() if candidate.adapts_erm and "erm" not in chosen]
+    if lost:
+        raise UserError(f"compare.methods: {lost[0]} adapts the ERM student that the method erm trains: name erm too")
+    return chosen
 
 
 def name_of(seed: int) -> str:

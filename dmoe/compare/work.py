@@ -52,7 +52,15 @@ def compare_one(run: Run, key: str, *, chosen_by: RunFolder) -> None:
     """
     candidate = CANDIDATES[key]
     config = run.config.compare
-    facts = run.facts("experts", "tokens", "aggregator", "student", "meta", compare=config.model_dump(mode="json"), method=key)
+    facts = run.facts(
+        "experts",
+        "tokens",
+        "aggregator",
+        "student",
+        "meta",
+        compare=config.model_dump(mode="json", exclude={"methods"}),
+        method=key,
+    )
     facts |= {"tried": [dict(one) for one in candidate.tried], "made_from": made_from(run)}
     stage = run.folder.stage(f"compare/{key}", facts)
     with stage.alone():
