@@ -32,7 +32,8 @@ def compare(
         methods: by their short names; none: all.
 
     Raises:
-        UserError: there is no such method, methods that adapt the ERM student go without it, or some of it failed; what is finished is in ``results.jsonl`` all the same.
+        UserError: there is no such method, methods that adapt the ERM student go without it, or some of it failed; what is
+            finished is in ``results.jsonl`` all the same.
     """
     chosen = candidates_of(methods)
     tasks = {name_of(seed): Task([*run, *flags, "--seed", str(seed), "--run_dir", str(folder / name_of(seed))]) for seed in seeds}
