@@ -28,6 +28,8 @@ class Adapter:
 
     Attributes:
         student: the student before adapting.
+        experts: as they are asked, images ``[B, C, H, W]`` to tokens ``[B, N, D']``.
+        aggregator: tokens to target features.
         ranges: what adapting does in training episodes; None: not known, and nothing is watched.
     """
 
@@ -64,8 +66,8 @@ class Adapter:
             ranges: of training episodes, see :mod:`dmoe.diagnosis`; with them, every adapted student has a diagnosis.
             on_suspect: what is done where the diagnosis is suspect; ``warn`` is by :class:`~dmoe.errors.SuspectAdaptation`.
         """
-        self._experts = ExpertPool(experts, batch_norm=expert_batch_norm, precision=expert_precision)
-        self._aggregator: Any = private_copy(aggregator)
+        self.experts = ExpertPool(experts, batch_norm=expert_batch_norm, precision=expert_precision)
+        self.aggregator: Any = private_copy(aggregator)
         self.ranges, self._on_suspect = ranges, on_suspect
         self._distill: Distill = distill
         self._inner: InnerSteps = {"inner_lr": inner_lr, "inner_steps": inner_steps, "inner_loss": inner_loss}
@@ -75,7 +77,7 @@ class Adapter:
     def target(self, images: Tensor) -> Tensor:
         """What the experts together would have the student's features of ``images`` be, ``[B, D]``; or its logits, where those are
         distilled, see :func:`~dmoe.meta.gradient.distilled`."""
-        return self._target_of(self._experts(images.to(self.student.device)))
+        return self._target_of(self.experts(images.to(self.student.device)))
 
     def adapt(self, images: Tensor, *, tokens: Tensor | None = None, start: Student | None = None) -> Student:
         """The student adapted to a domain. Its ``diagnosis`` says whether adapting went as in training episodes.
@@ -118,7 +120,7 @@ class Adapter:
             raise ValueError(f"adapt_many takes images [G, B, C, H, W] with G, B >= 1, got {list(images.shape)}")
         images = images.to(self.student.device)
         domains, count = images.shape[:2]
-        if self._experts.batch_norm == "batch":  # each domain's batch has its own statistics
+        if self.experts.batch_norm == "batch":  # each domain's batch has its own statistics
             target = torch.cat([self.target(part) for part in images])
         else:
             target = self.target(images.flatten(0, 1))
@@ -140,4 +142,4 @@ class Adapter:
 
     @torch.no_grad()
     def _target_of(self, tokens: Tensor) -> Tensor:
-        return distilled(self._aggregator(tokens), lambda _: self._aggregator.logits(tokens), self._distill)
+        return distilled(self.aggregator(tokens), lambda _: self.aggregator.logits(tokens), self._distill)

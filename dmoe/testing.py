@@ -97,8 +97,8 @@ def result_row(
         "reported": dict(run.dataset.reported),
         "unit": "value" if run.dataset.task.kind == "regression" else "fraction",
         "overall": _plain(evaluation.overall),
-        "mean": _plain({"": evaluation.mean})[""],
-        "worst": _plain({"": evaluation.worst})[""],
+        "mean": finite(evaluation.mean),
+        "worst": finite(evaluation.worst),
         "domains": {names[domain]: _plain(metrics) for domain, metrics in evaluation.domains.items()},
         "support_size": run.config.support_size,
         "score_support": run.config.evaluation.score_support,
@@ -188,9 +188,13 @@ def _student(network: Network, run: Run) -> Student:
     return Student(features=network.features, head=network.head, task=run.dataset.task)
 
 
+def finite(value: float) -> float | None:
+    """The number, or None: JSON knows no number that is not one."""
+    return value if math.isfinite(value) else None
+
+
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no number that is not one."""
-    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return {key: finite(value) for key, value in metrics.items()}
 
 
 def _number(value: float, *, percent: bool) -> str:

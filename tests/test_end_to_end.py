@@ -172,7 +172,7 @@ def test_suspects_are_counted_for_a_finished_run(undisturbed: Path) -> None:
 
 def test_adapting_changes_no_tensor_of_the_loaded_model(undisturbed: Path) -> None:
     model = dmoe.load(undisturbed)
-    modules = [model.student.features, model.student.head, model._experts, model._aggregator]
+    modules = [model.student.features, model.student.head, model.experts, model.aggregator]
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     before = [tensor.clone() for tensor in tensors]
     images = digits.load().splits["target"].images(torch.arange(64))

@@ -96,7 +96,7 @@ def test_source_batches_are_seen_as_in_episodes_and_validation_batches_as_in_tes
     measure_ranges(run, tokens)
     model = load_as(run.folder, run.config, device="cpu")
     for images, said, _ in measured:
-        every = model._experts(images)
+        every = model.experts(images)
         assert images.shape == (SUPPORT, 1, 4, 4)
         domain = int((images.mean(dim=(1, 2, 3)).mean() - 0.5).mul(10).round())
         if domain >= 10:

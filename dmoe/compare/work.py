@@ -1,6 +1,7 @@
 """One method of a comparison on one seed: settings are chosen on validation domains, then it is tested by every protocol."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from dmoe.memory import peak_bytes
 from dmoe.protocols import Protocol
 from dmoe.run_folder import RunFolder, Stage, versions
 from dmoe.stages import Run
+from dmoe.testing import finite
 
 ROWS = "rows.jsonl"
 
@@ -117,11 +119,11 @@ def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choic
         one = replace(trial, name=f"trial_{number}", duration=Duration(steps, "steps"))
         method = candidate.make(one, settings)
         score = run.evaluate(method, "validation", run.protocol).score
-        found.append({"trial": number, "settings": dict(settings), "split": "validation", "score": score})
+        found.append({"trial": number, "settings": dict(settings), "split": "validation", "score": finite(score)})
         say(f"{trial.stage.name}: {json.dumps(dict(settings))}: {score:.4f} on validation")
         if one.training_seconds is not None:
             paces.append(one.training_seconds / steps)
-    best = max(found, key=lambda facts: float(facts["score"]))
+    best = max(found, key=lambda facts: -math.inf if facts["score"] is None else float(facts["score"]))
     full = max(1, round((budget(run) - already) / statistics.median(paces))) if paces else 0
     return Choice(best["settings"], full), found
 
@@ -238,10 +240,10 @@ def _test_facts(run: Run, protocol: Protocol, evaluation: Evaluation) -> dict[st
         "images": protocol.images,
         "metric": run.dataset.selection_metric,
         "unit": "value" if run.dataset.task.kind == "regression" else "fraction",
-        "overall": {run.dataset.selection_metric: evaluation.score},
-        "mean": evaluation.mean,
-        "worst": evaluation.worst,
-        "domains": {names[domain]: metrics[evaluation.headline] for domain, metrics in evaluation.domains.items()},
+        "overall": {run.dataset.selection_metric: finite(evaluation.score)},
+        "mean": finite(evaluation.mean),
+        "worst": finite(evaluation.worst),
+        "domains": {names[domain]: finite(metrics[evaluation.headline]) for domain, metrics in evaluation.domains.items()},
         "versions": versions(),
     }
 

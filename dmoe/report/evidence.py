@@ -68,10 +68,10 @@ def attention_to_experts(adapter: Adapter, images: Tensor, *, batch_size: int) -
 
     The mean over images, heads, blocks and the tokens that ask; the shares add up to 1.
     """
-    aggregator = adapter._aggregator
-    if not isinstance(aggregator, Aggregator):
+    aggregator = adapter.aggregator
+    if not isinstance(aggregator, Aggregator) or not aggregator.blocks:
         return None
-    tokens = torch.cat([adapter._experts(part.to(adapter.student.device)) for part in images.split(batch_size)])
+    tokens = torch.cat([adapter.experts(part.to(adapter.student.device)) for part in images.split(batch_size)])
     found: list[float] = aggregator.attention(tokens).mean(dim=(0, 1, 2, 3)).tolist()
     return found
 

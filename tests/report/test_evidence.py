@@ -72,8 +72,11 @@ def test_attention_falls_on_the_expert_whose_key_is_asked_for() -> None:
     assert attention_to_experts(model, torch.zeros(2, 1, 2, 2), batch_size=2) == pytest.approx([0, 0, 1], abs=1e-6)
 
 
-def test_without_an_aggregator_there_is_no_attention() -> None:
-    assert attention_to_experts(adapter(ZeroTarget()), torch.randn(2, 1, 4, 4), batch_size=2) is None
+@pytest.mark.parametrize(
+    "aggregator", [ZeroTarget(), Aggregator(width=8, num_outputs=2, depth=1, heads=1, dropout=0.0, pooling="mean")]
+)
+def test_without_a_transformer_there_is_no_attention(aggregator: nn.Module) -> None:
+    assert attention_to_experts(adapter(aggregator), torch.randn(2, 1, 4, 4), batch_size=2) is None
 
 
 def test_half_of_the_examples_are_the_first_that_changed() -> None:
