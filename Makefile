@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/python run.py --dataset digits
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
