@@ -148,7 +148,7 @@ def changed(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
         (["meta.learns=aggregator"], {"blocks", "output_map"}, set()),
         (["meta.duration=0 steps"], {"output_map"}, set()),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_what_a_setting_lets_learn_has_learned_when_the_run_ends(
     trained: Path, tmp_path: Path, overrides: list[str], aggregator: set[str], student: set[str]
