@@ -324,7 +324,15 @@ def test_unfinished_run_cannot_be_tested(refused: Refused, damaged: Path) -> Non
 
 def test_pretrained_stage_that_is_asked_for_and_missing_is_told(tmp_path: Path) -> None:
     options = Namespace(
-        dataset=None, config=None, run_dir=tmp_path, data_dir=None, gpu=-1, threads=1, seed=None, overrides=ONE_STEP
+        dataset=None,
+        config=None,
+        run_dir=tmp_path,
+        data_dir=None,
+        gpu=-1,
+        threads=1,
+        seed=None,
+        parent=None,
+        overrides=ONE_STEP,
     )
     from dmoe import stages
 

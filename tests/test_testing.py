@@ -235,7 +235,7 @@ class Shifts:
     def __init__(self, task: Task) -> None:
         self.student, self._task = Guess(task), task
 
-    def adapt(self, images: Tensor) -> Student:
+    def adapt(self, images: Tensor, *, start: Student | None = None) -> Student:
         assert len(images) == SUPPORT
         return cast(Student, Guess(self._task, offset=1))
 
@@ -296,7 +296,7 @@ def say_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapting is watched, and the domain whose images are odd is suspect."""
     ranges = Ranges({"spread of predictions": Range(-1.0, 0.5)}, images=SUPPORT)
 
-    def adapt(self: Shifts, images: Tensor) -> Student:
+    def adapt(self: Shifts, images: Tensor, *, start: Student | None = None) -> Student:
         guess = Guess(self._task, offset=1)
         guess.diagnosis = ranges.judged({"spread of predictions": float(images[0]) % 2}, images=len(images))
         if guess.diagnosis.suspect:
