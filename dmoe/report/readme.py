@@ -7,7 +7,7 @@ from dmoe.console import say
 from dmoe.errors import UserError
 from dmoe.report.comparison import GROUPS, TEST_TIME, Comparison, Unit, counted, headline, is_first, protocol_text, unit_of
 from dmoe.report.files import text_of, write_whole
-from dmoe.report.rows import Results, read_results
+from dmoe.report.rows import Protocol, Results, read_results
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -95,7 +95,7 @@ def _support(comparison: Comparison, unit: Unit) -> str:
     curves = comparison.by_support()
     ranked = [name for name in comparison.methods if name in curves]
     best = next((name for name in ranked if name in TEST_TIME), None)
-    names = [name for name in (comparison.ours, comparison.baseline, best) if name in curves]
+    names = [name for name in dict.fromkeys((comparison.ours, comparison.best_other, best, comparison.baseline)) if name in curves]
     if not names:
         return ""
     sizes = sorted({size for name in names for size in curves[str(name)]})
@@ -107,8 +107,22 @@ def _protocols(comparison: Comparison, unit: Unit) -> str:
     cells = comparison.by_protocol()
     if not cells:
         return ""
-    head = [f"{unit.name}, by protocol", *map(protocol_text, comparison.protocols())]
-    return _table(head, [[name, *map(unit.spread, line)] for name, line in cells.items()], strong=comparison.ours)
+    protocols, main = comparison.protocols(), comparison.main
+    head = [f"{unit.name}, by protocol", *(_heading(protocol, main) for protocol in protocols)]
+    table = _table(head, [[name, *map(unit.spread, line)] for name, line in cells.items()], strong=comparison.ours)
+    in_batches = sorted({protocol.images for protocol in protocols if protocol.images is not None})
+    said = f"{main.support_size} images at a time, predicted after the update, all of a domain, unless a column says otherwise."
+    said += "".join(f" *: batches of the first {count} images of each domain." for count in in_batches)
+    return f"{table}\n\n{said}"
+
+
+def _heading(protocol: Protocol, main: Protocol) -> str:
+    """What is not the same in all columns."""
+    parts = [protocol.name + ("" if protocol.images is None else "*")]
+    parts += [f"{protocol.support_size} images"] if protocol.support_size != main.support_size else []
+    parts += [] if protocol.score_support else ["support not scored"]
+    parts += [f"predicted {protocol.predict} the update"] if protocol.predict != "after" else []
+    return ", ".join(parts)
 
 
 def _ablations(comparison: Comparison, unit: Unit) -> str:
