@@ -38,6 +38,18 @@ Settings = Mapping[str, Any]
 OF_THE_OPTIMIZER = ("lr", "max_gradient_norm")
 """Settings that are fields of :class:`~dmoe.config.OptimizerConfig`."""
 
+FULL = "full"
+"""The name of the training that is tested; others are trials."""
+
+ERM = f"compare/erm/{FULL}"
+"""The stage of the student that test-time methods adapt."""
+
+OURS = ("experts", "tokens", "aggregator", "student", "meta")
+"""Stages of a run."""
+
+LOOKS = 4
+"""At the validation domains, in a whole training."""
+
 FISHER_IMAGES = 2000
 """Source images of EATA, as published."""
 
@@ -62,7 +74,8 @@ class Trial:
         """As the student's own, but for its length and what the settings say of its optimizer."""
         own, steps = self.run.config.student.training, self.duration.steps(1)
         optimizer = own.optimizer.model_copy(update={key: settings[key] for key in OF_THE_OPTIMIZER if key in settings})
-        every = Duration(max(1, -(-steps // 4)), "steps")
+        # A trial, by whose pace the length of the whole training is reckoned, has no time for more than one look at validation.
+        every = Duration(max(1, -(-steps // LOOKS) if self.name == FULL else steps), "steps")
         return own.model_copy(update={"duration": self.duration, "evaluate_every": every, "optimizer": optimizer})
 
     def place(self, settings: Settings) -> Stage:
@@ -86,7 +99,7 @@ class Trial:
         Raises:
             UserError: it is not there yet.
         """
-        run, stage = self.run, self.run.folder.stage("compare/erm/full", {})
+        run, stage = self.run, self.run.folder.stage(ERM, {})
         if not stage.manifest.is_file():
             raise UserError(f"{stage.folder}: the ERM student to adapt is not trained yet: compare erm first")
         network = run.network(run.config.student_backbone, "student", to_train=False)
@@ -104,9 +117,8 @@ class Candidate:
         make: the method with some settings, trained if it needs to be; raises ``DoesNotApply`` where it is none for the task,
             the network or the data set.
         tried: settings, the published or usual ones first.
-        adapts_erm: at test time, to the domain, the ERM student that was trained as long as everything of ours together.
         by_image: it treats each image by itself, so that protocols change nothing but what is scored.
-        beside: stages of the run that its training goes on from, whose CPU time counts as its own.
+        beside: stages of the run that it goes on from or adapts, whose CPU time counts as its own.
         seen: the run as the method sees it.
     """
 
@@ -114,10 +126,14 @@ class Candidate:
     paper: str
     make: Callable[[Trial, Settings], Method]
     tried: Sequence[Settings] = ({},)
-    adapts_erm: bool = False
     by_image: bool = False
     beside: Sequence[str] = ()
     seen: Callable[[Run], Run] = lambda run: run
+
+    @property
+    def adapts_erm(self) -> bool:
+        """Whether it adapts, at test time, the ERM student that was trained as long as everything of ours together."""
+        return ERM in self.beside
 
 
 def _erm(trial: Trial, settings: Settings) -> Method:
@@ -179,7 +195,7 @@ def _zeros(trial: Trial, settings: Settings) -> Method:
     )
     experts, student, task = load_experts(run), trial.pretrained(), run.dataset.task
     aggregator = build_aggregator(run.config.aggregator, width=student.width, num_outputs=task.num_outputs).to(run.device)
-    meta_train_student(run, make_tokens(run, experts), experts, aggregator, student, name="compare/zeros/full")
+    meta_train_student(run, make_tokens(run, experts), experts, aggregator, student, name=f"compare/zeros/{FULL}")
     return build_adapter(run.config, task, experts=experts, aggregator=ZeroTarget(), student=student, kind=Adapter)
 
 
@@ -235,42 +251,42 @@ CANDIDATES: Mapping[str, Candidate] = {
         beside=["student"],
     ),
     "batch_statistics": Candidate(
-        "ERM, batch statistics", "Nado et al., 2020", lambda trial, _: BatchStatistics(trial.erm()), adapts_erm=True
+        "ERM, batch statistics", "Nado et al., 2020", lambda trial, _: BatchStatistics(trial.erm()), beside=[ERM]
     ),
     "mixed_statistics": Candidate(
         "ERM, mixed statistics",
         "Schneider et al., NeurIPS 2020",
         lambda trial, settings: BatchStatistics(trial.erm(), **settings),
         [{"source_weight": weight} for weight in (16, 64, 128, 256, 512, 1024)],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "tent": Candidate(
         "TENT",
         "Wang et al., ICLR 2021",
         lambda trial, settings: Tent(trial.erm(), **settings),
         [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 1), (1e-3, 10), (3e-3, 10), (1e-2, 10), (3e-3, 30), (2e-2, 10))],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "shot_im": Candidate(
         "SHOT-IM",
         "Liang et al., ICML 2020",
         lambda trial, settings: ShotIm(trial.erm(), **settings),
         [{"lr": lr, "steps": steps} for lr, steps in ((1e-3, 15), (1e-2, 15), (1e-2, 30), (3e-2, 15), (3e-2, 30), (1e-1, 10))],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "t3a": Candidate(
         "T3A",
         "Iwasawa & Matsuo, NeurIPS 2021",
         lambda trial, settings: T3a(trial.erm(), **settings),
         [{"supports_per_class": count} for count in (20, 1, 3, 5, 10, 100)],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "memo": Candidate(
         "MEMO",
         "Zhang et al., NeurIPS 2022",
         lambda trial, settings: Memo(trial.erm(), **settings),
         [{"lr": lr, "augmentations": count} for lr, count in ((5e-3, 8), (1e-3, 8), (2e-2, 8), (5e-2, 8), (5e-3, 16), (2e-2, 16))],
-        adapts_erm=True,
+        beside=[ERM],
         by_image=True,
     ),
     "lame": Candidate(
@@ -281,7 +297,7 @@ CANDIDATES: Mapping[str, Candidate] = {
             {"affinity": kind, "neighbours": count}
             for kind, count in (("knn", 5), ("knn", 3), ("knn", 1), ("knn", 10), ("rbf", 5), ("rbf", 1))
         ],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "eata": Candidate(
         "EATA",
@@ -298,7 +314,7 @@ CANDIDATES: Mapping[str, Candidate] = {
                 (2e-2, 30, 0.8, 1.0),
             )
         ],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "sar": Candidate(
         "SAR",
@@ -315,7 +331,7 @@ CANDIDATES: Mapping[str, Candidate] = {
                 (3e-2, 10, 0.02),
             )
         ],
-        adapts_erm=True,
+        beside=[ERM],
     ),
     "meta_dmoe": Candidate(
         "Meta-DMoE",
@@ -325,8 +341,9 @@ CANDIDATES: Mapping[str, Candidate] = {
             {"inner_lr_times": times, "inner_steps": steps}
             for times, steps in ((1.0, 1), (0.5, 1), (0.75, 1), (1.5, 1), (0.5, 2), (1.0, 2))
         ],
+        beside=OURS,
     ),
-    "before": Candidate("Meta-DMoE before adapting", "Zhong et al., NeurIPS 2022", _before, by_image=True),
+    "before": Candidate("Meta-DMoE before adapting", "Zhong et al., NeurIPS 2022", _before, by_image=True, beside=OURS),
     "zeros": Candidate("Meta-DMoE, target of zeros", "our control", _zeros, beside=["student"]),
     "oracle": Candidate("oracle: told the domain", "our control", _oracle, LRS, by_image=True, seen=training.told_run),
 }

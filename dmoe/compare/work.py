@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dmoe.artifacts import read_json, written_whole
-from dmoe.compare.candidates import CANDIDATES, Candidate, Settings, Trial
+from dmoe.compare.candidates import CANDIDATES, FULL, OURS, Candidate, Settings, Trial
 from dmoe.config import Duration
 from dmoe.console import say
 from dmoe.errors import DoesNotApply, UserError
@@ -91,9 +91,9 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
         rows += [_row(run, candidate, "trial") | facts for facts in trials]
     else:
         choice = _choice_of(chosen_by, key)
-    final = replace(trial, name="full", duration=Duration(choice.steps, "steps"))
+    final = replace(trial, name=FULL, duration=Duration(choice.steps, "steps"))
     method = candidate.make(final, choice.settings)
-    trained = budget(run) if final.training_seconds is None else final.training_seconds + already
+    trained = (final.training_seconds or 0.0) + already
     cost = {"training_cpu_seconds": round(trained, 1), **costs(trial.run, method)}
     for protocol, evaluation in by_every_protocol(trial.run, method, candidate):
         rows.append(
@@ -173,7 +173,7 @@ def protocols(run: Run) -> list[Protocol]:
 
 def budget(run: Run) -> float:
     """CPU seconds of all stages of a run together: what each method may be trained for."""
-    return sum(seconds_of(run, stage) for stage in ("experts", "tokens", "aggregator", "student", "meta"))
+    return sum(seconds_of(run, stage) for stage in OURS)
 
 
 def seconds_of(run: Run, stage: str) -> float:
