@@ -602,12 +602,15 @@ _PHRASES = {
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
     "finite_number": "must be a finite number",
+    "union_tag_invalid": "must be one of {expected_tags}",
 }
 
 
 def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...], str]) -> str:
     fault = error.errors()[0]
     keys, section = _walked(fault["loc"])
+    if fault["type"].startswith("union_tag"):  # of sections that are told apart by their name
+        keys = (*keys, "name")
     for end in range(len(keys), 0, -1):
         if keys[:end] in origins:
             place = origins[keys[:end]]
@@ -616,10 +619,11 @@ def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...
     if fault["type"] == "extra_forbidden":
         place = next((origin for changed, origin in origins.items() if changed[: len(keys)] == keys), place)
         return f"{place}: {name} is not a field; known here: {', '.join(section.model_fields)}"
-    if fault["type"] == "missing":
+    if fault["type"] in ("missing", "union_tag_not_found"):
         return f"{place}: {name} is missing"
     phrase = _PHRASES.get(fault["type"], "{msg}").format(msg=fault["msg"].removeprefix("Value error, "), **fault.get("ctx", {}))
-    return f"{place}: {name} {phrase}, got {_shown(fault['input'])}"
+    value = fault["ctx"]["tag"] if fault["type"] == "union_tag_invalid" else fault["input"]
+    return f"{place}: {name} {phrase}, got {_shown(value)}"
 
 
 def _shown(value: Any) -> str:

@@ -198,8 +198,9 @@ def test_adam_is_given_the_way_that_domains_lead_one_after_the_other(tmp_path: P
                 parameter.copy_(value)
         adam.step()
     _, weights = train(tmp_path, network(0.0), training=CONSTANT, scored=False, gradient=FISH.gradient, batches=batch_of_domains)
-    for name, tensor in module.state_dict().items():
-        torch.testing.assert_close(weights[f"model.{name}"], tensor, rtol=1e-2, atol=1e-3)
+    for name, parameter in module.named_parameters():
+        if name != "0.bias":  # batch-norm takes it away: its gradient is rounding, which Adam makes steps of
+            torch.testing.assert_close(weights[f"model.{name}"], parameter.detach(), rtol=1e-3, atol=1e-4)
 
 
 def swad(module: nn.Module) -> SWAD:
