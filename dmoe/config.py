@@ -29,6 +29,7 @@ Count = Annotated[int, Field(ge=1, le=1 << 30)]
 BatchSize = Annotated[int, Field(ge=1, le=1 << 20)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Gigabytes = Annotated[float, Field(ge=0, le=1e6)]
+Penalty = Annotated[float, Field(ge=0, le=1e9)]
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,6 @@ class AggregatorConfig(Section):
     output_map: bool = False
     """An affine map behind the pooling, fitted onto the pretrained student's features. Not in the paper."""
     training: TrainingConfig
-
-
-Penalty = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class ERMConfig(Section):

@@ -144,7 +144,7 @@ class Run:
         objective: Objective | None = None,
         domains: int | None = None,
     ) -> Progress:
-        """Train a network on the given source images, keeping the weights that are best on the validation domains.
+        """Train a network on the given source images, keeping the weights that are best on the validation domains, or SWAD's average.
 
         Args:
             objective: what is minimised; None: the task loss.
