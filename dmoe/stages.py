@@ -144,7 +144,7 @@ class Run:
         objective: Objective | None = None,
         domains: int | None = None,
     ) -> Progress:
-        """Train a network on the given source images, keeping the weights that are best on the validation domains, or SWAD's average.
+        """Train a network on the given source images; it ends with the weights that are best on the validation domains, or SWAD's.
 
         Args:
             objective: what is minimised; None: the task loss.
