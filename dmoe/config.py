@@ -29,6 +29,7 @@ Count = Annotated[int, Field(ge=1, le=1 << 30)]
 BatchSize = Annotated[int, Field(ge=1, le=1 << 20)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Gigabytes = Annotated[float, Field(ge=0, le=1e6)]
+Penalty = Annotated[float, Field(ge=0, le=1e9)]
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,111 @@ class AggregatorConfig(Section):
     training: TrainingConfig
 
 
+class ERMConfig(Section):
+    """The task loss alone."""
+
+    name: Literal["erm"] = "erm"
+
+
+class DomainsConfig(Section):
+    """What compares domains."""
+
+    domains: Annotated[int, Field(ge=2, le=10_000)] = 4
+    """Source domains that a batch has images of, equally many of each."""
+
+
+class CORALConfig(DomainsConfig):
+    name: Literal["coral"] = "coral"
+    penalty: Penalty = 1.0
+    """Weight of the differences of means and covariances."""
+
+
+class IRMConfig(DomainsConfig):
+    name: Literal["irm"] = "irm"
+    penalty: Penalty = 100.0
+    """Weight of what domains would gain by a scale of their own, after anneal_steps; 1 until then."""
+    anneal_steps: Annotated[int, Field(ge=0, le=1 << 30)] = 500
+
+
+class MMDConfig(DomainsConfig):
+    name: Literal["mmd"] = "mmd"
+    penalty: Penalty = 1.0
+    """Weight of the kernels' distance of the domains."""
+
+
+class DANNConfig(DomainsConfig):
+    name: Literal["dann"] = "dann"
+    penalty: Penalty = 1.0
+    """Weight of the reversed gradient of the classifier of domains."""
+    ramp_steps: Annotated[int, Field(ge=0, le=1 << 30)] = 0
+    """Steps in which that weight rises from 0; the paper: the whole training."""
+    classifier_width: Annotated[int, Field(ge=1, le=1 << 16)] = 256
+    """Of its two hidden layers."""
+
+
+class FishConfig(DomainsConfig):
+    name: Literal["fish"] = "fish"
+    inner_lr: Annotated[float, Field(gt=0)] = 0.01
+    """Of the steps from domain to domain."""
+
+
+class FishrConfig(DomainsConfig):
+    name: Literal["fishr"] = "fishr"
+    penalty: Penalty = 1000.0
+    """Weight of the differences of the gradients' variances, after anneal_steps; 0 until then."""
+    anneal_steps: Annotated[int, Field(ge=0, le=1 << 30)] = 1500
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """What stays of the moving averages of variances in a step."""
+
+
+class GroupDROConfig(DomainsConfig):
+    name: Literal["group_dro"] = "group_dro"
+    weights_lr: Annotated[float, Field(ge=0, le=1e3)] = 0.01
+    """How fast the weights of domains with a high loss grow."""
+
+
+class MIROConfig(Section):
+    """Its backbone should have pretrained weights, which it stays near to."""
+
+    name: Literal["miro"] = "miro"
+    penalty: Penalty = 0.1
+    """Weight of how unlikely the pretrained features are."""
+
+
+class SWADConfig(Section):
+    """The weights of a window of steps, averaged; it looks at the validation loss at every evaluation."""
+
+    name: Literal["swad"] = "swad"
+    start_patience: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Evaluations, of which the first has the lowest loss, that begin the window."""
+    end_patience: Annotated[int, Field(ge=1, le=1000)] = 6
+    """Evaluations in a row with too high a loss, before which the window ends."""
+    tolerance: Annotated[float, Field(ge=1, le=1e3)] = 1.3
+    """How many times the mean loss of the window's first evaluations is not yet too high."""
+
+
+ObjectiveConfig = Annotated[
+    ERMConfig
+    | CORALConfig
+    | IRMConfig
+    | MMDConfig
+    | DANNConfig
+    | FishConfig
+    | FishrConfig
+    | GroupDROConfig
+    | MIROConfig
+    | SWADConfig,
+    Field(discriminator="name"),
+]
+
+
 class StudentConfig(Section):
     backbone: BackboneConfig | None = None
     """null: the experts', as tokens are taken from them. Its features must be as wide as theirs."""
     training: TrainingConfig
+    objective: ObjectiveConfig = ERMConfig()
+    """What its pretraining minimises: fields of its own, and a name: erm, coral, irm, mmd, dann, fish, fishr, group_dro, miro or
+    swad."""
 
 
 class MetaConfig(Section):
@@ -329,7 +431,7 @@ class Config(Section):
         return self.evaluation.support_size or self.meta.support_size
 
 
-LATER_FIELDS = {"aggregator": ("pooling",), "meta": ("distill", "learns", "student_start")}
+LATER_FIELDS = {"aggregator": ("pooling",), "meta": ("distill", "learns", "student_start"), "student": ("objective",)}
 """Fields of sections that earlier runs were made without, and whose defaults say what was done then."""
 
 
@@ -337,9 +439,9 @@ def as_inputs(config: Config) -> dict[str, Any]:
     """The configuration as stages record it: plain, without later fields at their defaults, so that earlier runs stay finished."""
     plain = config.model_dump(mode="json")
     for section, names in LATER_FIELDS.items():
-        fields = type(getattr(config, section)).model_fields
+        values = getattr(config, section)
         for name in names:
-            if plain[section][name] == fields[name].default:
+            if getattr(values, name) == type(values).model_fields[name].default:
                 del plain[section][name]
     return plain
 
@@ -498,12 +600,15 @@ _PHRASES = {
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
     "finite_number": "must be a finite number",
+    "union_tag_invalid": "must be one of {expected_tags}",
 }
 
 
 def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...], str]) -> str:
     fault = error.errors()[0]
-    keys = tuple(str(key) for key in fault["loc"])
+    keys, section = _walked(fault["loc"])
+    if fault["type"].startswith("union_tag"):  # of sections that are told apart by their name
+        keys = (*keys, "name")
     for end in range(len(keys), 0, -1):
         if keys[:end] in origins:
             place = origins[keys[:end]]
@@ -511,11 +616,12 @@ def _explain(error: ValidationError, place: str, origins: Mapping[tuple[str, ...
     name = ".".join(keys)
     if fault["type"] == "extra_forbidden":
         place = next((origin for changed, origin in origins.items() if changed[: len(keys)] == keys), place)
-        return f"{place}: {name} is not a field; {_siblings(keys)}"
-    if fault["type"] == "missing":
+        return f"{place}: {name} is not a field; known here: {', '.join(section.model_fields)}"
+    if fault["type"] in ("missing", "union_tag_not_found"):
         return f"{place}: {name} is missing"
     phrase = _PHRASES.get(fault["type"], "{msg}").format(msg=fault["msg"].removeprefix("Value error, "), **fault.get("ctx", {}))
-    return f"{place}: {name} {phrase}, got {_shown(fault['input'])}"
+    value = fault["ctx"]["tag"] if fault["type"] == "union_tag_invalid" else fault["input"]
+    return f"{place}: {name} {phrase}, got {_shown(value)}"
 
 
 def _shown(value: Any) -> str:
@@ -525,12 +631,23 @@ def _shown(value: Any) -> str:
     return shortened(hex(value) if isinstance(value, int) and abs(value) >= 1 << 999 else repr(value), 200)
 
 
-def _siblings(keys: tuple[str, ...]) -> str:
+def _walked(location: Sequence[int | str]) -> tuple[tuple[str, ...], type[BaseModel]]:
+    """The fields that a fault's location names, and the section that the last of them is in, or would be.
+
+    Where a section is one of several by its name, that name is a part of the location too, but no field.
+    """
+    keys: list[str] = []
     section: type[BaseModel] = Config
-    for key in keys[:-1]:
-        inner = section.model_fields[key].annotation
-        candidates = [c for c in (inner, *getattr(inner, "__args__", ())) if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not candidates:
-            break
-        section = candidates[0]
-    return f"known here: {', '.join(section.model_fields)}"
+    candidates: list[type[BaseModel]] = [Config]
+    for key in map(str, location):
+        named = [each for each in candidates if len(candidates) > 1 and each.model_fields["name"].default == key]
+        if named:
+            candidates = named
+            continue
+        keys.append(key)
+        if candidates:
+            section = candidates[0]
+        inner = section.model_fields[key].annotation if candidates and key in section.model_fields else None
+        either = (inner, *getattr(inner, "__args__", ()))
+        candidates = [each for each in either if isinstance(each, type) and issubclass(each, BaseModel)]
+    return tuple(keys), section

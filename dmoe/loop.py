@@ -151,6 +151,7 @@ def run(
     report: Report | None = None,
     describe: Callable[[int], str] | None = None,
     world: World = ALONE,
+    settle: Callable[[], None] | None = None,
 ) -> Progress:
     """Train, or go on training, until the stage is done; the modules then hold the best weights, and so does the stage's file.
 
@@ -162,6 +163,7 @@ def run(
         report: called now and then.
         describe: what a step trains on, for people.
         world: the processes that train together; the first of them writes.
+        settle: makes of the last weights those that are kept, in place of the best.
 
     Raises:
         UserError: loss or gradient of several steps in a row were no finite numbers, or a file cannot be written or read.
@@ -220,7 +222,7 @@ def run(
             if asked:
                 say(f"{stage.name}: step {done} of {steps} is done and saved")
                 interruption.let_through(anyway=True)
-    _keep_best(stage, trainee, progress, world)
+    _keep_best(stage, trainee, progress, world, settle)
     return progress
 
 
@@ -230,10 +232,12 @@ def tidy(stage: Stage) -> None:
         (stage.folder / name).unlink(missing_ok=True)
 
 
-def _keep_best(stage: Stage, trainee: Trainee, progress: Progress, world: World) -> None:
-    """Leave the best weights, or where none were chosen the last, in the modules and in the stage's file."""
+def _keep_best(stage: Stage, trainee: Trainee, progress: Progress, world: World, settle: Callable[[], None] | None = None) -> None:
+    """Leave the best weights, the last where none were chosen, or what ``settle`` makes, in the modules and in the stage's file."""
     world.wait()  # for the best weights to be there
-    if progress.best_step >= 0:
+    if settle is not None:
+        settle()
+    elif progress.best_step >= 0:
         trainee.load_weights(load_tensors(stage.folder / BEST)[0], where=str(stage.folder / BEST))
     if world.is_first:
         save_tensors(stage.weights, trainee.weights())

@@ -24,7 +24,7 @@ from dmoe.artifacts import (
     save_tensors,
     under_prefix,
 )
-from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, TrainingConfig, as_inputs
+from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, DomainsConfig, TrainingConfig, as_inputs
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
@@ -38,7 +38,7 @@ from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, build_network, in_layout
-from dmoe.objectives import ERM, Objective, Outputs
+from dmoe.objectives import ERM, SWAD, Objective, Outputs, build_objective
 from dmoe.precision import computing_in, not_coarse
 from dmoe.protocols import Protocol
 from dmoe.published import PublishedFolder, TrainingStage
@@ -144,7 +144,7 @@ class Run:
         objective: Objective | None = None,
         domains: int | None = None,
     ) -> Progress:
-        """Train a network on the given source images, keeping the weights that are best on the validation domains.
+        """Train a network on the given source images; it ends with the weights that are best on the validation domains, or SWAD's.
 
         Args:
             objective: what is minimised; None: the task loss.
@@ -152,6 +152,9 @@ class Run:
         """
         key: tuple[Key, ...] = (self.config.seed, stage.name)
         chosen = objective or ERM(self.dataset.task)
+        average = chosen if isinstance(chosen, SWAD) else None
+        if isinstance(chosen, nn.Module):
+            chosen.to(self.device)
         batches: SupervisedBatches | DomainBatches
         if domains is None:
             batches = SupervisedBatches(self.source, members, batch_size=training.batch_size, key=key)
@@ -160,9 +163,16 @@ class Run:
 
         def loss(step: int, pixels: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
             with computing_in(training.precision, self.device):
-                features = network.features(self.source.finish(pixels))
+                images = self.source.finish(pixels)
+                features = network.features(images)
                 logits = network.head(features)
-            return chosen.loss(Outputs(not_coarse(features), not_coarse(logits), labels, domains), step=step)
+            return chosen.loss(Outputs(not_coarse(features), not_coarse(logits), labels, domains, images), step=step)
+
+        def evaluate() -> float:
+            logits = self.validation_logits(network)
+            if average is not None:
+                average.evaluated(network, self.dataset.task.loss(torch.cat(logits), self.validation.labels).item())
+            return self.validation_metric(logits)
 
         return train_supervised(
             stage=stage,
@@ -171,15 +181,17 @@ class Run:
             batch=batches,
             steps_per_epoch=batches.steps_per_epoch,
             training=training,
-            evaluate=lambda: self.score(network),
+            evaluate=evaluate,
             checkpoint_every=self.config.checkpoint_every,
             seed=seed_of(*key),
             device=self.device,
             workers=self.workers,
             report=report,
             describe=lambda step: self.source.describe(batches.index(step)),
-            objective=chosen if isinstance(chosen, nn.Module) else None,
+            objective=chosen if isinstance(chosen, nn.Module) and average is None else None,
             restart_at=chosen.restart_at,
+            gradient=chosen.gradient,
+            average=average,
         )
 
     def first(self, work: Callable[[], object]) -> None:
@@ -221,10 +233,14 @@ class Run:
 
     def score(self, network: Network) -> float:
         """The selection metric of a network, as it is, on all validation images."""
+        return self.validation_metric(self.validation_logits(network))
+
+    def validation_logits(self, network: Network) -> list[Tensor]:
+        """What a network, as it is, says of all validation images, batch by batch."""
         batches = torch.arange(len(self.validation)).split(self.config.evaluation.batch_size)
         with torch.no_grad():
             images = stored_images(self.validation, batches, workers=self.workers, device=self.device)
-            return self.validation_metric([network(batch).cpu() for batch in images])
+            return [network(batch).cpu() for batch in images]
 
     def validation_metric(self, logits: Sequence[Tensor]) -> float:
         """The selection metric of logits of all validation images, batch by batch."""
@@ -375,12 +391,18 @@ def pretrain_aggregator(run: Run, tokens: Mapping[str, TokenStore], width: int, 
 
 
 def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
-    """Stage 4: plain supervised training on all source domains together."""
+    """Stage 4: supervised training on all source domains together, by the objective of the configuration."""
     stage = run.student_stage
     student = run.network(run.config.student_backbone, "student", to_train=not (only_load or stage.manifest.exists()))
 
     def train() -> Progress:
-        return run.train_network(stage, student, torch.arange(len(run.source)), run.config.student.training)
+        config = run.config.student
+        torch.manual_seed(seed_of(run.config.seed, "initial weights", "objective"))
+        known = run.source.domains.unique().tolist()
+        objective = build_objective(config.objective, run.dataset.task, network=student, domains=known)
+        domains = config.objective.domains if isinstance(config.objective, DomainsConfig) else None
+        members = torch.arange(len(run.source))
+        return run.train_network(stage, student, members, config.training, objective=objective, domains=domains)
 
     if only_load and run.published is not None:
         take = partial(run.published.load_student, "pretrained", student)

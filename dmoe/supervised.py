@@ -1,6 +1,7 @@
 """The one training by a loss of batches: experts, the aggregator's pretraining and the student's are calls of it."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from dmoe.config import TrainingConfig
 from dmoe.data.streams import stream
 from dmoe.loop import Progress, Report, Trainee, run
+from dmoe.objectives import SWAD, Gradient, gradient_of_loss
 from dmoe.optimizers import SKIPPED, ScheduledAdam, step_if_finite
 from dmoe.precision import Precision, computing_in, not_coarse
 from dmoe.randomness import seed_of
@@ -46,8 +48,10 @@ def train_supervised(
     describe: Callable[[int], str] | None = None,
     objective: nn.Module | None = None,
     restart_at: int | None = None,
+    gradient: Gradient = gradient_of_loss,
+    average: SWAD | None = None,
 ) -> Progress:
-    """Train ``module`` by a loss of batches; it ends with its best weights, in eval mode.
+    """Train ``module`` by a loss of batches; it ends with its best weights, or their average, in eval mode.
 
     Args:
         loss: runs with ``module`` in training mode.
@@ -56,6 +60,8 @@ def train_supervised(
         seed: of dropout.
         objective: weights and state that the loss has of its own; trained and kept with the module, but of no use after it.
         restart_at: the step before which Adam forgets its moments.
+        gradient: what Adam is given, of the loss and the tensors of a step.
+        average: told of every step, and kept with the module; ``evaluate`` tells it of losses. It has the weights in the end.
         describe: see :func:`dmoe.loop.run`.
     """
     steps = training.duration.steps(steps_per_epoch)
@@ -63,6 +69,7 @@ def train_supervised(
     modules = {"model": module} if objective is None else {"model": module, "objective": objective}
     parameters = [parameter for each in modules.values() for parameter in each.parameters()]
     adam = ScheduledAdam(parameters, training.optimizer, steps=steps, steps_per_epoch=steps_per_epoch)
+    kept_modules = modules if average is None else {**modules, "average": average}
     batches: Iterator[tuple[Tensor, ...]] = iter(())  # replaced at the start, when the loop knows where it goes on
     buffers = [
         buffer for each in modules.values() for buffer in each.buffers()
@@ -81,13 +88,14 @@ def train_supervised(
         for kept, buffer in zip(before, buffers, strict=True):
             kept.copy_(buffer)
         torch.manual_seed(seed_of(seed, "dropout", number))
-        found = loss(number, *tensors)
-        found.backward()
+        found = gradient(partial(loss, number), tensors, parameters)
         values = {"loss": found.item(), "learning_rate": adam.learning_rate(number)}
         values = step_if_finite(number, values, {"gradient_norm": adam})
         if SKIPPED in values:
             for kept, buffer in zip(before, buffers, strict=True):
                 buffer.copy_(kept)
+        elif average is not None:
+            average.stepped(module)
         return values
 
     def score() -> float:
@@ -99,7 +107,7 @@ def train_supervised(
 
     progress = run(
         stage=stage,
-        trainee=Trainee(modules=modules, optimizers={"adam": adam}),
+        trainee=Trainee(modules=kept_modules, optimizers={"adam": adam}),
         step=step,
         steps=steps,
         start=start,
@@ -108,6 +116,7 @@ def train_supervised(
         checkpoint_every=checkpoint_every,
         report=report,
         describe=describe,
+        settle=None if average is None else partial(average.settle, module),
     )
     module.eval()
     return progress

@@ -340,7 +340,31 @@ def test_later_fields_at_their_defaults_are_no_inputs_and_others_are(path: Path)
     plain = as_inputs(load_config(path))
     assert list(plain["aggregator"]) == ["depth", "heads", "dropout", "output_map", "training"]
     assert not {"distill", "learns", "student_start"} & set(plain["meta"])
+    assert list(plain["student"]) == ["backbone", "training"]
     changes = ["aggregator.pooling=max", "meta.distill=logits", "meta.learns=student", "meta.student_start=random"]
-    changed = as_inputs(load_config(path, changes))
+    changed = as_inputs(load_config(path, [*changes, "student.objective.name=mmd"]))
     assert changed["aggregator"]["pooling"] == "max"
+    assert changed["student"]["objective"] == {"name": "mmd", "penalty": 1.0, "domains": 4}
     assert [changed["meta"][name] for name in ("distill", "learns", "student_start")] == ["logits", "student", "random"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["name=mmd", "penalty=-1"], "student.objective.penalty must be >= 0.0, got -1"),
+        (["name=mmd", "width=3"], "student.objective.width is not a field; known here: domains, name, penalty"),
+        (["name=swad", "tolerance=0.5"], "student.objective.tolerance must be >= 1.0, got 0.5"),
+        (["name=coral", "domains=1"], "student.objective.domains must be >= 2, got 1"),
+    ],
+)
+def test_a_fault_of_an_objective_is_told_with_its_fields(path: Path, changes: list[str], told: str) -> None:
+    assert fault(path, *(f"student.objective.{change}" for change in changes)) == f"command line: {told}"
+
+
+def test_an_unknown_objective_is_told_with_the_known_ones(path: Path) -> None:
+    told = fault(path, "student.objective.name=best")
+    assert told.startswith("command line: student.objective.name must be one of 'erm', 'coral', ") and told.endswith(", got 'best'")
+
+
+def test_fields_of_an_objective_need_its_name(path: Path) -> None:
+    assert fault(path, "student.objective.penalty=3") == f"{path}: student.objective.name is missing"
