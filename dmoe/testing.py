@@ -159,10 +159,19 @@ def watched_lines(evaluation: Evaluation, names: Mapping[int, str], *, told: boo
 
 def _finished_run(run: Run) -> Trained:
     adapter = load_as(run.folder, run.config, device=run.device)
+    return Trained(adapter, plain_student(run), run.folder.stage("meta", {}).files())
+
+
+def plain_student(run: Run) -> Student:
+    """The student as supervised training left it.
+
+    Raises:
+        UserError: it is missing.
+    """
     plain = run.network(run.config.student_backbone, "student", to_train=False)
     if not load_finished(run.student_stage, {"model": plain}):
         raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
-    return Trained(adapter, _student(plain, run), run.folder.stage("meta", {}).files())
+    return _student(plain, run)
 
 
 def _published(run: Run, published: PublishedFolder) -> Trained:

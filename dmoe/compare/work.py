@@ -18,7 +18,7 @@ from dmoe.console import say
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Evaluation, Method, judged
 from dmoe.memory import peak_bytes
-from dmoe.protocols import Protocol
+from dmoe.protocols import KINDS, Protocol
 from dmoe.run_folder import RunFolder, Stage, versions
 from dmoe.stages import Run
 from dmoe.testing import finite
@@ -54,15 +54,7 @@ def compare_one(run: Run, key: str, *, chosen_by: RunFolder) -> None:
     """
     candidate = CANDIDATES[key]
     config = run.config.compare
-    facts = run.facts(
-        "experts",
-        "tokens",
-        "aggregator",
-        "student",
-        "meta",
-        compare=config.model_dump(mode="json", exclude={"methods"}),
-        method=key,
-    )
+    facts = run.facts(*OURS, compare=config.model_dump(mode="json", exclude={"methods"}), method=key)
     facts |= {"tried": [dict(one) for one in candidate.tried], "made_from": made_from(run)}
     stage = run.folder.stage(f"compare/{key}", facts)
     with stage.alone():
@@ -163,7 +155,7 @@ def protocols(run: Run) -> list[Protocol]:
     found += [replace(main, support_size=each) for each in config.support_sizes if each != size]
     found += [replace(main, support_from=others)] if len(domains) > 1 else []
     batches = Protocol(size, images=config.stream_images)
-    found += [replace(batches, kind=kind) for kind in ("per batch", "continual", "mixed stream", "label-skewed stream")]
+    found += [replace(batches, kind=kind) for kind in KINDS if kind != main.kind]
     found += [replace(batches, kind="continual", predict="before")]
     fits = max(len(members) for members in split.members.values())
     return [

@@ -12,12 +12,12 @@ from torch import Tensor
 from dmoe.adaptation import Adapter
 from dmoe.data.base import DomainSplit
 from dmoe.data.transforms import ImageTransform
-from dmoe.errors import UserError
 from dmoe.model import load_as
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.student import Student
 from dmoe.report.shown import LARGEST_EDGE, MOST_EXAMPLES, curves_of
-from dmoe.stages import Run, load_finished
+from dmoe.stages import Run
+from dmoe.testing import plain_student
 
 DOMAINS_WITH_EXAMPLES = 8
 DOMAINS_SHOWN = 30
@@ -37,7 +37,7 @@ def gather(run: Run, *, split: str = "target") -> dict[str, Any]:
     """
     adapter = load_as(run.folder, run.config, device=run.device)
     adapter.ranges = None  # nothing to warn of: nobody acts on these predictions
-    plain = _plain_student(run)
+    plain = plain_student(run)
     attention, examples = [], []
     domains = run.dataset.splits[split]
     shown = spread_out(list(domains.members), DOMAINS_SHOWN)
@@ -137,10 +137,3 @@ def _examples(
     for place in chosen((before == labels) != (after == labels), count):
         verdict = {key: name(int(of[place])) for key, of in (("truth", labels), ("before", before), ("after", after))}
         yield {"domain": split.domain_names[domain], "image": png_of(images[place], run.dataset.transform), **verdict}
-
-
-def _plain_student(run: Run) -> Student:
-    network = run.network(run.config.student_backbone, "student", to_train=False)
-    if not load_finished(run.student_stage, {"model": network}):
-        raise UserError(f"{run.student_stage.folder}: the pretrained student, to compare with, is missing: run.py makes it")
-    return Student(features=network.features, head=network.head, task=run.dataset.task)
