@@ -103,8 +103,7 @@ def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choic
         already: CPU seconds of training that the method goes on from.
     """
     run, config = trial.run, trial.run.config.compare
-    student = read_json(run.folder.path / "student" / "manifest.json")["figures"]
-    steps = max(1, round(config.trial_share * budget(run) * student["step"] / student["cpu_seconds"]))
+    steps = _trial_steps(trial, candidate)
     found: list[dict[str, Any]] = []
     paces: list[float] = []
     for number, settings in enumerate(candidate.tried[: config.trials]):
@@ -118,6 +117,20 @@ def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choic
     best = max(found, key=lambda facts: -math.inf if facts["score"] is None else float(facts["score"]))
     full = max(1, round((budget(run) - already) / statistics.median(paces))) if paces else 0
     return Choice(best["settings"], full), found
+
+
+def _trial_steps(trial: Trial, candidate: Candidate) -> int:
+    """How long a trial is, so that all methods' take about the same CPU time, whatever a step of theirs costs.
+
+    A first, short training tells the pace; it is as many steps as the run's student takes in a quarter of a trial's time.
+    """
+    run = trial.run
+    student = read_json(run.folder.path / "student" / "manifest.json")["figures"]
+    seconds = run.config.compare.trial_share * budget(run)
+    few = max(1, round(seconds / 4 * student["step"] / student["cpu_seconds"]))
+    short = replace(trial, name="pace", duration=Duration(few, "steps"))
+    candidate.make(short, candidate.tried[0])
+    return few if short.training_seconds is None else max(1, round(seconds * few / short.training_seconds))
 
 
 def _choice_of(folder: RunFolder, key: str) -> Choice:

@@ -122,7 +122,7 @@ def test_settings_are_chosen_on_validation_and_tested_on_target(tmp_path: Path, 
 def test_no_more_are_tried_than_the_configuration_allows(tmp_path: Path, candidate: list[Settings]) -> None:
     run = run_in(tmp_path / "seed_1", "compare.trials=1")
     compare_one(run, "shifting", chosen_by=run.folder)
-    assert [one["shift"] for one in candidate] == [1, 1]
+    assert [(one["shift"], one["name"]) for one in candidate] == [(1, "pace"), (1, "trial_0"), (1, "full")]
 
 
 def test_other_seeds_take_over_what_the_first_one_chose(tmp_path: Path, candidate: list[Settings]) -> None:
@@ -179,8 +179,8 @@ def test_a_training_may_take_as_long_as_all_stages_together_less_what_it_goes_on
     monkeypatch.setitem(cast(dict[str, Candidate], CANDIDATES), "trained", made)
     run = run_in(tmp_path / "seed_1", "compare.trial_share=0.1")
     compare_one(run, "trained", chosen_by=run.folder)
-    # 100 CPU seconds in all; a tenth of it is 100 steps of the student, who took 0.1 seconds for each.
-    assert steps == [100, 100, round((100 - 15) / 0.5)]
+    # 100 CPU seconds in all; a quarter of a tenth of it is 25 steps of the student, who took 0.1 seconds for each.
+    assert steps == [25, 20, 20, round((100 - 15) / 0.5)]
     (cost,) = {
         row["cost"]["training_cpu_seconds"] for row in read_rows(run.folder.path / "compare" / "trained") if row["kind"] == "test"
     }
