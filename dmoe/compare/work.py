@@ -91,7 +91,7 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
         rows.append(
             _row(run, candidate, "test")
             | _test_facts(run, protocol, evaluation)
-            | {"settings": dict(choice.settings), "cost": cost}
+            | {"settings": dict(choice.settings), "steps": choice.steps, "cost": cost}
         )
     return rows, choice
 
