@@ -203,6 +203,8 @@ def _load_state_dict(path: Path) -> dict[str, Tensor]:
     except _DAMAGED as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole file of plain tensors ({why})") from None
+    if isinstance(content, dict) and list(content) == ["model"] and isinstance(content["model"], dict):  # as DeiT is published
+        content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: must hold a state dict, named tensors and nothing else")
     for name, tensor in content.items():

@@ -10,6 +10,7 @@ from torch import nn
 
 from dmoe.adaptation import Adapter
 from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix, write_json
+from dmoe.backbones import build_backbone
 from dmoe.config import LARGEST_EDGE, AggregatorConfig, BackboneConfig, Config
 from dmoe.data.base import DomainDataset
 from dmoe.data.transforms import ImageTransform
@@ -17,7 +18,7 @@ from dmoe.diagnosis import Ranges
 from dmoe.errors import UserError
 from dmoe.meta.learner import ZeroTarget
 from dmoe.models.aggregator import Aggregator
-from dmoe.models.networks import Network, build_network
+from dmoe.models.networks import Network
 from dmoe.run_folder import RunFolder, Stage
 from dmoe.tasks import Task
 
@@ -67,9 +68,7 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
         raise UserError(f"{run.path / DESCRIPTION}: damaged ({error}): run.py writes it anew") from None
 
     def network(backbone: BackboneConfig) -> Network:
-        return build_network(
-            backbone.name, image_shape=transform.image_shape, num_outputs=task.num_outputs, last_relu=backbone.last_relu
-        )
+        return build_backbone(backbone, image_shape=transform.image_shape, num_outputs=task.num_outputs)
 
     meta = _whole(run.stage("meta", {}))
     trained = load_tensors(meta)[0]

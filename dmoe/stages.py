@@ -24,6 +24,7 @@ from dmoe.artifacts import (
     save_tensors,
     under_prefix,
 )
+from dmoe.backbones import build_backbone
 from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, DomainsConfig, TrainingConfig, as_inputs
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
@@ -37,7 +38,8 @@ from dmoe.loop import Progress, Report, Trainee, tidy
 from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
-from dmoe.models.networks import Network, build_network, in_layout
+from dmoe.models.networks import Network, in_layout
+from dmoe.models.sparse import balance_of, routings
 from dmoe.objectives import ERM, SWAD, Objective, Outputs, build_objective
 from dmoe.precision import computing_in, not_coarse
 from dmoe.protocols import Protocol
@@ -99,13 +101,8 @@ class Run:
         One that is to be trained starts from the backbone's weights; the other is an empty vessel.
         """
         torch.manual_seed(seed_of(self.config.seed, "initial weights", *key))
-        network = build_network(
-            backbone.name,
-            image_shape=self.dataset.image_shape,
-            num_outputs=self.dataset.task.num_outputs,
-            weights=backbone.weights if to_train else "none",
-            last_relu=backbone.last_relu,
-        ).to(self.device)
+        shape, outputs = self.dataset.image_shape, self.dataset.task.num_outputs
+        network = build_backbone(backbone, image_shape=shape, num_outputs=outputs, to_train=to_train).to(self.device)
         return in_layout(network, torch.channels_last)
 
     @property
@@ -162,11 +159,13 @@ class Run:
             batches = DomainBatches(self.source, members, batch_size=training.batch_size, domains=domains, key=key)
 
         def loss(step: int, pixels: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
-            with computing_in(training.precision, self.device):
+            with computing_in(training.precision, self.device), routings(network.features) as routed:
                 images = self.source.finish(pixels)
                 features = network.features(images)
                 logits = network.head(features)
-            return chosen.loss(Outputs(not_coarse(features), not_coarse(logits), labels, domains, images), step=step)
+            found = chosen.loss(Outputs(not_coarse(features), not_coarse(logits), labels, domains, images), step=step)
+            balance = balance_of(network.features, routed)
+            return found if balance is None else found + balance
 
         def evaluate() -> float:
             logits = self.validation_logits(network)

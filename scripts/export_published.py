@@ -122,11 +122,9 @@ class Weights:
 
     def _network(self, backbone: "BackboneConfig", path: Path, part: str) -> "Network":
         from dmoe.artifacts import load_into, load_tensors, under_prefix
-        from dmoe.models.networks import build_network
+        from dmoe.backbones import build_backbone
 
-        network = build_network(
-            backbone.name, image_shape=self._image_shape, num_outputs=self._num_outputs, last_relu=backbone.last_relu
-        )
+        network = build_backbone(backbone, image_shape=self._image_shape, num_outputs=self._num_outputs)
         load_into(network, under_prefix(part, load_tensors(path)[0]), where=str(path))
         return network
 

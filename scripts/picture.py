@@ -41,14 +41,14 @@ def draw(run_dir: Path, picture: Path) -> None:
 
     import dmoe
     from dmoe.artifacts import load_tensors, under_prefix
+    from dmoe.backbones import build_backbone
     from dmoe.data.registry import load_dataset
-    from dmoe.models.networks import build_network
     from dmoe.models.student import Student
 
     model = dmoe.load(run_dir)
     dataset = load_dataset(model.config.dataset, model.config.data)
     split, backbone = dataset.splits["target"], model.config.student_backbone
-    network = build_network(backbone.name, image_shape=dataset.image_shape, num_outputs=dataset.task.num_outputs)
+    network = build_backbone(backbone, image_shape=dataset.image_shape, num_outputs=dataset.task.num_outputs)
     network.load_state_dict(under_prefix("model", load_tensors(run_dir / "student" / "weights.safetensors")[0]))
     erm = Student(features=network.features, head=network.head, task=dataset.task)
 

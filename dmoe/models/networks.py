@@ -13,6 +13,8 @@ from torch.func import functional_call
 
 from dmoe.artifacts import load_into, load_tensors
 from dmoe.errors import UserError
+from dmoe.models.sparse.convert import SparseSettings, make_sparse
+from dmoe.models.sparse.foreign import as_features, holds_sparse
 from dmoe.models.torchvision_import import torchvision
 
 
@@ -42,6 +44,12 @@ class Network(nn.Module):
 SMALL = 512
 """Edge of an image in pixels; the last layer of :class:`SmallConv` has a weight for each place."""
 
+SMALL_PATCHES = 64
+"""Edge of an image in pixels; every patch of :func:`small_vit` looks at all others."""
+
+BY_OTHER_NAMES = {"gmoe_vit_s16": "timm:deit_small_patch16_224", "gmoe_vit_b16": "timm:deit_base_patch16_224"}
+"""Sparse networks, and the dense ones that they are made of."""
+
 
 class SmallConv(nn.Sequential):
     """Four 3x3 convolutions with batch-norm for images of about 14x14; a linear layer sees where things are.
@@ -56,6 +64,26 @@ class SmallConv(nn.Sequential):
             layers += [nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
             channels, height, breadth = filters, -(-height // stride), -(-breadth // stride)
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels * height * breadth, width))
+
+
+def small_vit(*, image_shape: tuple[int, int, int], width: int = 64) -> nn.Module:
+    """A vision transformer for images of about 14x14: patches of 2x2, four blocks of four heads, the mean over patches."""
+    torchvision()  # timm imports it
+    from timm.models.vision_transformer import VisionTransformer
+
+    channels, *size = image_shape
+    made: nn.Module = VisionTransformer(
+        img_size=tuple(size),
+        patch_size=2,
+        in_chans=channels,
+        num_classes=0,
+        global_pool="avg",
+        class_token=False,
+        embed_dim=width,
+        depth=4,
+        num_heads=4,
+    )
+    return made
 
 
 class PooledDenseNet(nn.Sequential):
@@ -76,40 +104,56 @@ def build_network(
     num_outputs: int,
     weights: str = "none",
     last_relu: bool = True,
+    sparse: SparseSettings | None = None,
 ) -> Network:
     """A backbone with a fresh linear head.
 
     Args:
-        name: ``small_conv``; ``resnet18``, ``resnet50``, ``densenet121`` or ``mobilenet_v2`` of torchvision; ``timm:<model>``
-            for any classifier of timm.
+        name: ``small_conv``, ``small_vit``; ``resnet18``, ``resnet50``, ``densenet121`` or ``mobilenet_v2`` of torchvision;
+            ``timm:<model>`` for any classifier of timm; ``gmoe_vit_s16`` or ``gmoe_vit_b16``: what DeiT-S/16 and DeiT-B/16 become
+            by ``sparse``.
         image_shape: ``(C, H, W)``. torchvision's pretrained weights are for three channels; timm's are fitted to others.
         num_outputs: K.
         weights: ``none`` (random), ``pretrained`` (the library's, downloaded), or the path of a safetensors or
-            ``.pth`` file that holds the tensors of ``features`` under the names that :class:`Network` gives them.
+            ``.pth`` file that holds the tensors of ``features`` under the names that :class:`Network` gives them. Of vision
+            transformers also timm's and DeiT's files; of sparse ones, files of the dense network, of the sparse one, or of
+            GMoE's public code.
         last_relu: DenseNet only, see :class:`PooledDenseNet`.
+        sparse: of vision transformers: what becomes of their feed-forward parts.
 
     Raises:
         UserError: unknown name, weights that cannot be fetched, read or fitted.
     """
     pretrained = weights == "pretrained"
-    if name == "small_conv":
+    name = BY_OTHER_NAMES.get(name, name)
+    if name in ("small_conv", "small_vit"):
         if pretrained:
-            raise UserError("backbone.weights: small_conv has no pretrained weights: use none or a file")
-        if max(image_shape[1:]) > SMALL:
+            raise UserError(f"backbone.weights: {name} has no pretrained weights: use none or a file")
+        least, most = (1, SMALL) if name == "small_conv" else (2, SMALL_PATCHES)
+        if not least <= min(image_shape[1:]) <= max(image_shape[1:]) <= most:
             raise UserError(
-                f"backbone.name: small_conv is for images of up to {SMALL} pixels, these are {image_shape}: use another"
+                f"backbone.name: {name} is for images of {least} to {most} pixels, these are {image_shape}: use another"
             )
-        features: nn.Module = SmallConv(image_shape=image_shape)
+        features = SmallConv(image_shape=image_shape) if name == "small_conv" else small_vit(image_shape=image_shape)
     elif name.startswith("timm:"):
         features = _timm_features(name.removeprefix("timm:"), image_shape, pretrained)
     elif name in _TORCHVISION:
         features = _torchvision_features(name, image_shape[0], pretrained, last_relu)
     else:
-        known = ", ".join(["small_conv", *_TORCHVISION, "timm:<model>"])
+        known = ", ".join(["small_conv", "small_vit", *_TORCHVISION, "timm:<model>", *BY_OTHER_NAMES])
         raise UserError(f"backbone.name: {name!r} is unknown; use one of {known}")
-    if weights not in ("none", "pretrained"):
-        load_into(features, load_tensors(Path(weights))[0], where=weights)
-    return Network(features=features, head=nn.Linear(_feature_width(features, image_shape), num_outputs))
+    width = _feature_width(features, image_shape)
+    tensors = None if weights in ("none", "pretrained") else load_tensors(Path(weights))[0]
+    if tensors is not None and (name.startswith("timm:") or name == "small_vit"):
+        tensors = as_features(tensors, own=features.state_dict(), where=weights)
+    if tensors is not None and (sparse is None or not holds_sparse(tensors)):
+        load_into(features, tensors, where=weights)
+        tensors = None
+    if sparse is not None:
+        make_sparse(features, sparse, clustered=weights != "none" and tensors is None)
+        if tensors is not None:
+            load_into(features, tensors, where=weights)
+    return Network(features=features, head=nn.Linear(width, num_outputs))
 
 
 def in_layout(network: Network, layout: torch.memory_format) -> Network:
