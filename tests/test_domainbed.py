@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from scripts.leave_one_out import Cell, domains_of, main, read_results, tables
 
 from dmoe.errors import UserError
 from scripts import leave_one_out as script
-from scripts.leave_one_out import Cell, domains_of, main, read_results, tables
 from tests.told import one_line
 
 DOMAINS = ("art", "photo", "sketch")
