@@ -1,20 +1,29 @@
 """Leaving out each domain in turn: which runs are started, what is read from them, and the table."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
-from scripts.leave_one_out import Cell, domains_of, main, read_results, tables
+from told import one_line
 
+from dmoe import domainbed
+from dmoe.compare.tasks import Task
+from dmoe.config import CONFIG_FOLDER, load_config
+from dmoe.data.base import DomainSplit
+from dmoe.data.files import ImageFiles
+from dmoe.data.registry import load_dataset
+from dmoe.domainbed import Cell, command, domains_of, leave_out, read_results, tables
 from dmoe.errors import UserError
-from scripts import leave_one_out as script
-from tests.told import one_line
+from scripts.make_folder_sample import write_sample
 
+ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("art", "photo", "sketch")
 
 
@@ -57,105 +66,101 @@ def pictures(tmp_path: Path) -> Path:
 
 
 class Runs:
-    """Stands in for run.py: records commands, writes a result, and fails where it is told to."""
+    """Stands in for the processes: records what they would be, writes a result for each, and fails where it is told to."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.failing: set[str] = set()
 
-    def __call__(self, command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        self.commands.append(command)
-        folder = Path(command[command.index("--run_dir") + 1])
-        if f"{folder.parent.name}/{folder.name}" in self.failing:
-            return subprocess.CompletedProcess(command, 2)
-        seed = int(command[command.index("--seed") + 1])
-        write(folder, row("adapted", 0.5 + 0.1 * DOMAINS.index(folder.parent.name) + 0.02 * seed))
-        return subprocess.CompletedProcess(command, 0)
+    def __call__(self, tasks: Mapping[str, Task], *, at_once: int, logs: Path, name: str) -> None:
+        for task in tasks.values():
+            words = list(task.arguments)
+            self.commands.append(words)
+            folder, seed = Path(words[words.index("--run_dir") + 1]), int(words[words.index("--seed") + 1])
+            if f"{folder.parent.name}/{folder.name}" not in self.failing:
+                write(folder, row("adapted", 0.5 + 0.1 * DOMAINS.index(folder.parent.name) + 0.02 * seed, seed=seed))
+        if self.failing:
+            raise UserError("domainbed: some tasks failed")
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs()
-    monkeypatch.setattr(subprocess, "run", made)
+    monkeypatch.setattr(domainbed, "run_tasks", made)
     return made
 
 
-def leave_out(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | str | None:
-    """The exit status."""
-    monkeypatch.setattr(sys, "argv", ["leave_one_out.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code
+def leave(pictures: Path, out: Path, *overrides: str, seeds: Sequence[int] = (0, 1)) -> None:
+    words = [*overrides, f"data.dir={pictures}"]
+    config = load_config(CONFIG_FOLDER / "folders.yaml", words)
+    leave_out(out, config, seeds, run=["run.py", "--threads", "1"], overrides=words, at_once=2)
 
 
-def test_each_domain_is_left_out_with_each_seed(
-    pictures: Path, tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_domain_is_left_out_with_each_seed(pictures: Path, tmp_path: Path, runs: Runs) -> None:
     out = tmp_path / "out"
-    arguments = ("--data_dir", pictures, "--out", out, "--seeds", "1", "2", "1", "meta.inner_lr=0.1")
-    assert leave_out(monkeypatch, *arguments) == 0
+    leave(pictures, out, "meta.inner_lr=0.1")
     expected = [
         [
-            *(sys.executable, str(script.RUN), "--dataset", "folders", "--data_dir", str(pictures)),
-            *("--run_dir", str(out / domain / f"seed_{seed}"), "--seed", str(seed)),
-            *("meta.inner_lr=0.1", f'data.target_domains=["{domain}"]'),
+            *("run.py", "--threads", "1", "--run_dir", str(out / domain / f"seed_{seed}"), "--seed", str(seed)),
+            *("data.validation_domains=[]", "data.validation_fraction=0.2", "meta.inner_lr=0.1", f"data.dir={pictures}"),
+            *(f'data.target_domains=["{domain}"]', f"data.seed={seed}"),
         ]
         for domain in DOMAINS
-        for seed in (1, 2)
+        for seed in (0, 1)
     ]
     assert runs.commands == expected
 
 
-def test_a_seed_that_is_no_number_is_told(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["", "--data_dir", str(pictures), "--out", str(tmp_path / "out"), "--seeds", "1", "two"])
-    with pytest.raises(UserError, match="--seeds: must be whole numbers, got 'two'"):
-        main()
+def test_the_splits_are_those_of_the_protocol(pictures: Path) -> None:
+    """The other domains' images, of each a fifth drawn by the seed; and all of the one that is left out."""
+    for domain, name, number in [(d, n, i) for d in DOMAINS for n in ("cat", "dog") for i in range(1, 5)]:
+        Image.new("L", (8, 8)).save(pictures / domain / name / f"{number}.png")
+
+    def opened(seed: int) -> dict[str, list[tuple[str, str]]]:
+        words = command(Cell("photo", seed), Path("out"), run=[], overrides=[])
+        config = load_config(CONFIG_FOLDER / "folders.yaml", words[4:])
+        splits = load_dataset("folders", config.data.model_copy(update={"dir": pictures, "decoded_gb": 0.0})).splits
+        return {name: _listed(split) for name, split in splits.items()}
+
+    one, other = opened(0), opened(1)
+    assert {domain for domain, _ in one["target"]} == {"photo"} and len(one["target"]) == 10
+    for found in (one, other):
+        assert [domain for domain, _ in found["validation"]] == ["art"] * 2 + ["sketch"] * 2
+        assert not set(found["validation"]) & set(found["source"])
+        assert len(found["source"]) == 16
+    assert one["validation"] != other["validation"]
+    assert opened(0) == one
 
 
-def test_flags_are_handed_on(pictures: Path, tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--config", "mine.yaml", "--gpu", "-1", "--threads", "2")
-    leave_out(monkeypatch, "--data_dir", pictures, "--out", tmp_path / "out", *flags)
-    for command in runs.commands:
-        start = command.index("--config")
-        assert tuple(command[start : start + 6]) == flags
+def _listed(split: DomainSplit) -> list[tuple[str, str]]:
+    paths = map(os.fsdecode, cast(ImageFiles, split)._paths)
+    return [(split.domain_names[int(domain)], path) for domain, path in zip(split.domains, paths, strict=True)]
 
 
-def test_the_table_comes_last(
-    pictures: Path, tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_target_domains_are_those_that_are_left_out(pictures: Path, tmp_path: Path, runs: Runs) -> None:
+    leave(pictures, tmp_path / "out", "data.target_domains=[sketch, art]", seeds=[3])
+    assert [words[-2] for words in runs.commands] == ['data.target_domains=["sketch"]', 'data.target_domains=["art"]']
+
+
+def test_the_table_comes_last_and_rows_are_kept(
+    pictures: Path, tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leave_out(monkeypatch, "--data_dir", pictures, "--out", tmp_path / "out", "--seeds", "1", "2")
+    leave(pictures, tmp_path / "out")
     assert cells(capsys.readouterr().out) == [
         ["accuracy in percent", "art", "photo", "sketch", "mean"],
-        ["adapted", "53.0 ± 1.4", "63.0 ± 1.4", "73.0 ± 1.4", "63.0 ± 1.4"],
+        ["adapted", "51.0 ± 1.0", "61.0 ± 1.0", "71.0 ± 1.0", "61.0 ± 1.0"],
     ]
+    kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(one["left_out"], one["seed"], one["method"]) for one in kept] == [(d, s, "adapted") for d in DOMAINS for s in (0, 1)]
 
 
-def test_a_failed_run_is_named_the_others_go_on_and_the_status_is_1(
-    pictures: Path, tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_failed_is_told_and_what_is_finished_is_kept(
+    pictures: Path, tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs.failing = {"photo/seed_1"}
-    write(tmp_path / "out" / "photo" / "seed_1", row("adapted", 0.99))  # of an earlier visit
-    assert leave_out(monkeypatch, "--data_dir", pictures, "--out", tmp_path / "out") == 1
-    told = capsys.readouterr()
-    assert len(runs.commands) == 3
-    assert told.err.splitlines()[-1] == "failed: photo, seed 1: exit status 2"
-    assert cells(told.out)[1] == ["adapted", "52.0", "-", "72.0", "-"]
-
-
-def test_where_all_runs_fail_there_is_no_table(
-    pictures: Path, tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs.failing = {f"{domain}/seed_1" for domain in DOMAINS}
-    assert leave_out(monkeypatch, "--data_dir", pictures, "--out", tmp_path / "out") == 1
-    assert "|" not in capsys.readouterr().out
-
-
-def test_a_run_without_results_has_failed(
-    pictures: Path, tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
-    assert leave_out(monkeypatch, "--data_dir", pictures, "--out", tmp_path / "out") == 1
-    assert "results.jsonl: cannot be read" in capsys.readouterr().err
+    with pytest.raises(UserError, match="some tasks failed"):
+        leave(pictures, tmp_path / "out", seeds=[1])
+    assert cells(capsys.readouterr().out)[1] == ["adapted", "52.0", "-", "72.0", "-"]
 
 
 def test_the_last_result_of_a_method_on_the_target_split_counts(tmp_path: Path) -> None:
@@ -188,16 +193,16 @@ def test_rows_are_methods_and_the_mean_is_over_domains_seed_by_seed() -> None:
     text = tables(results, domains=["art", "photo"])
     assert cells(text) == [
         ["accuracy in percent", "art", "photo", "mean"],
-        ["ERM student", "10.0 ± 7.1", "25.0 ± 0.0", "17.5 ± 3.5"],
-        ["adapted", "20.0 ± 14.1", "50.0 ± 0.0", "35.0 ± 7.1"],
+        ["ERM student", "10.0 ± 5.0", "25.0 ± 0.0", "17.5 ± 2.5"],
+        ["adapted", "20.0 ± 10.0", "50.0 ± 0.0", "35.0 ± 5.0"],
     ]
-    assert text.endswith("Mean ± standard deviation over seeds 1, 2.")
+    assert text.endswith("Mean ± standard error over seeds 1, 2.")
 
 
 def test_a_seed_that_lacks_a_domain_is_left_out_of_the_mean() -> None:
     values = {("art", 1): 0.1, ("art", 2): 0.3, ("photo", 2): 0.5}
     results = {Cell(*key): {"adapted": row("adapted", value)} for key, value in values.items()}
-    assert cells(tables(results, domains=["art", "photo"]))[1] == ["adapted", "20.0 ± 14.1", "50.0", "40.0"]
+    assert cells(tables(results, domains=["art", "photo"]))[1] == ["adapted", "20.0 ± 10.0", "50.0", "40.0"]
 
 
 def test_every_reported_metric_has_a_table() -> None:
@@ -227,21 +232,10 @@ def test_every_domain_has_a_folder_of_its_own_below_out(domain: str, name: str) 
     assert Cell(domain, 3).folder(Path("out")) == Path("out") / name / "seed_3"
 
 
-def test_a_domain_reaches_the_configuration_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
-    from dmoe.config import load_config
-
-    names = ["no", "007", "a: b, c", "Größe", '"quoted"']
-    table = tmp_path / "images.csv"
-    quoted = ['"' + name.replace('"', '""') + '"' for name in names]
-    table.write_text("path,label,domain\n" + "".join(f"{i}.png,cat,{name}\n" for i, name in enumerate(quoted)), encoding="utf-8")
-    monkeypatch.setattr(script, "read_results", lambda folder: {"adapted": row("adapted", 0.5)})
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, check: runs.commands.append(command) or subprocess.CompletedProcess(command, 0)
-    )
-    assert leave_out(monkeypatch, "--data_dir", table, "--out", tmp_path / "out") == 0
-    shipped = script.RUN.parent / "configs" / "folders.yaml"
-    reached = [load_config(shipped, [command[-1]]).data.target_domains for command in runs.commands]
-    assert sorted(reached) == sorted((name,) for name in names)
+@pytest.mark.parametrize("name", ["no", "007", "a: b, c", "Größe", '"quoted"'])
+def test_a_domain_reaches_the_configuration_under_its_own_name(name: str) -> None:
+    words = command(Cell(name, 1), Path("out"), run=[], overrides=[])
+    assert load_config(CONFIG_FOLDER / "folders.yaml", words[4:]).data.target_domains == (name,)
 
 
 def test_a_table_with_splits_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -256,11 +250,53 @@ def test_one_domain_cannot_be_left_out(tmp_path: Path) -> None:
         domains_of(tmp_path / "images.csv")
 
 
-def test_a_missing_folder_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
-    path = Path(script.__file__)
-    command = [sys.executable, str(path), "--data_dir", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_an_unknown_domain_and_one_without_images_are_told(pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"'photos' is no domain of .*; it holds art, photo, sketch") as error:
+        domains_of(pictures, ["photos"])
+    assert one_line(error)
+    (pictures / "painting" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"painting: a domain without images") as error:
+        domains_of(pictures)
+    assert one_line(error)
+
+
+def _run(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "run.py", "--gpu", "-1", "--threads", "1", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dataset", "folders", "--data_dir", "nowhere"], "nowhere: no such folder"),
+        ([], "domainbed leaves out domains of --dataset folders, this is digits"),
+        (["--dataset", "folders", "--dry_run"], "--protocol: it makes whole runs"),
+        (["--dataset", "folders", "--compare"], "--compare: it does not go with --protocol"),
+        (["--dataset", "folders", "--seeds", "1", "1"], "--seeds whole numbers, each once"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_status_2(tmp_path: Path, words: list[str], told: str) -> None:
+    done = _run("--protocol", "domainbed", "--run_dir", str(tmp_path / "out"), *words)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
-    assert done.stderr.count("\n") == 1
+    assert told in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_networks_trained_alone_leave_out_one_domain_and_go_on_with_the_others(tmp_path: Path) -> None:
+    write_sample(tmp_path / "all", images_per_class=6)
+    for angle in ("030", "060", "120"):
+        shutil.copytree(tmp_path / "all" / f"{angle}_degrees", tmp_path / "three" / angle)
+    words = ["--dataset", "folders", "--config", "configs/small_pictures.yaml", "--data_dir", str(tmp_path / "three")]
+    words += ["--run_dir", str(tmp_path / "out"), "--method", "erm", "--protocol", "domainbed", "--processes", "2"]
+    words += ["student.training.duration=8 steps", "student.objective.name=coral"]
+    for more, left_out in ((["data.target_domains=['030']"], ["030"]), ([], ["030", "060", "120"])):
+        done = _run(*words, *more)
+        assert done.returncode == 0, done.stderr
+        head, (method, *values) = cells(done.stdout)[:2]
+        assert head == ["accuracy in percent", *left_out, "mean"]
+        assert method == "CORAL" and all(0 <= float(value) <= 100 for value in values)
+        kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+        assert [(one["left_out"], list(one["domains"])) for one in kept] == [(domain, [domain]) for domain in left_out]
+    log = (tmp_path / "out" / "logs" / "030_seed_1.txt").read_text()
+    assert log.count("student: already finished from the same inputs") == 1
