@@ -6,17 +6,19 @@ if TYPE_CHECKING:
     from dmoe.adaptation import Adapter
     from dmoe.diagnosis import Diagnosis
     from dmoe.errors import SuspectAdaptation, UserError
-    from dmoe.model import Model, load
+    from dmoe.model import Model, Single, load, load_single
 
-__all__ = ["Adapter", "Diagnosis", "Model", "SuspectAdaptation", "UserError", "load"]
+__all__ = ["Adapter", "Diagnosis", "Model", "Single", "SuspectAdaptation", "UserError", "load", "load_single"]
 
 _HOMES = {
     "Adapter": "dmoe.adaptation",
     "Diagnosis": "dmoe.diagnosis",
     "Model": "dmoe.model",
+    "Single": "dmoe.model",
     "SuspectAdaptation": "dmoe.errors",
     "UserError": "dmoe.errors",
     "load": "dmoe.model",
+    "load_single": "dmoe.model",
 }
 
 

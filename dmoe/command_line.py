@@ -94,6 +94,7 @@ def open_run(
 
     import torch
 
+    from dmoe.alone import check_alone
     from dmoe.artifacts import write_json
     from dmoe.data.partition import write_partition
     from dmoe.data.registry import Opening, load_dataset
@@ -119,7 +120,8 @@ def open_run(
         workers = 0
     tests = getattr(options, "test", False)
     domains = dataset.splits["source"].group_domains.unique().tolist()
-    groups, where = _groups(config, domains, folder.path, published, tests=tests)
+    where = folder.path / "experts" / "partition.json"
+    groups = {} if config.trains_one else _groups(config, domains, where, published, tests=tests)
     run = Run(
         config=config,
         folder=folder,
@@ -133,10 +135,10 @@ def open_run(
     )
 
     def begin() -> None:
-        check(run, expert=expert, tests=tests)
+        (check_alone if config.trains_one else check)(run, expert=expert, tests=tests)
         if claim:
             folder.claim(config, fresh=fresh)
-            if not (tests or where.exists()):  # a test decides nothing for a training that may follow
+            if groups and not (tests or where.exists()):  # a test decides nothing for a training that may follow
                 write_partition(where, groups, dataset.splits["source"].group_names)
             if config.data.skip_unreadable and known is None:
                 write_json(left_out, {"images": list(dataset.unreadable)})
@@ -180,15 +182,14 @@ def read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: b
 
 
 def _groups(
-    config: "Config", domains: list[int], folder: Path, published: "PublishedFolder | None", *, tests: bool
-) -> tuple[dict[int, int], Path]:
-    """The expert of each source domain: as recorded in the run folder, as published, or shared out now; and where it is recorded.
+    config: "Config", domains: list[int], recorded: Path, published: "PublishedFolder | None", *, tests: bool
+) -> dict[int, int]:
+    """The expert of each source domain: as recorded in the run folder, as published, or shared out now.
 
     For a test it does not matter who learned from what; published groups are then read, but need not fit.
     """
     from dmoe.data.partition import check_partition, partition, read_partition
 
-    recorded = folder / "experts" / "partition.json"
     if recorded.exists():
         groups = read_partition(recorded)
         check_partition(groups, domains, count=config.experts.count, where=recorded)
@@ -196,11 +197,11 @@ def _groups(
         groups = partition(domains, count=config.experts.count, seed=config.seed, how=config.experts.partition)
     theirs = published.partition() if published is not None else None
     if published is None or theirs is None or tests:
-        return groups, recorded
+        return groups
     check_partition(theirs, domains, count=config.experts.count, where=published.folder / "domain_split.pkl")
     if recorded.exists() and theirs != groups:
         raise UserError(f"{recorded}: it shares out the domains otherwise than {published.folder}: choose another --run_dir")
-    return theirs, recorded
+    return theirs
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

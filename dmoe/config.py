@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -241,29 +242,6 @@ class DataConfig(Section):
         return [str(name) if isinstance(name, int | float | date) else name for name in listed]
 
 
-class ExpertsConfig(Section):
-    count: Annotated[int, Field(ge=2, le=10_000)]
-    """N. Two at least, because an image's own expert is left out in training."""
-    partition: Literal["shuffled", "interleaved"] = "shuffled"
-    """shuffled: runs of the shuffled source domains (the public code). interleaved: domain number modulo N."""
-    backbone: BackboneConfig
-    training: TrainingConfig
-    threads: Annotated[int, Field(ge=1, le=4096)] = 1
-    """CPU threads of each expert's process; the number of processes follows from it."""
-    retries: Annotated[int, Field(ge=0)] = 2
-    """How often an expert whose process was killed or failed goes on from its last checkpoint, before the run gives it up."""
-    slurm_options: tuple[str, ...] = ()
-    """--launcher slurm only: further options of sbatch, for example ["--partition=gpu", "--time=24:00:00"]."""
-
-    @field_validator("slurm_options", mode="after")
-    @classmethod
-    def _on_one_line(cls, options: tuple[str, ...]) -> tuple[str, ...]:
-        for option in options:
-            if not option.startswith("-") or not option.isprintable() or "\\" in option:
-                raise ValueError("must be options of sbatch, each '--name=value' on one line, without backslashes")
-        return options
-
-
 class TokensConfig(Section):
     batch_size: BatchSize = 500
     """Images in one pass through the experts; halved by itself where a GPU's memory is too small."""
@@ -389,6 +367,37 @@ ObjectiveConfig = Annotated[
 ]
 
 
+def objective_of(name: str, fields: Mapping[str, Any]) -> ObjectiveConfig:
+    """An objective by its name, with these fields and its defaults; a pydantic ``ValidationError`` where it has none such."""
+    found: ObjectiveConfig = TypeAdapter(ObjectiveConfig).validate_python({"name": name, **fields})
+    return found
+
+
+class ExpertsConfig(Section):
+    count: Annotated[int, Field(ge=2, le=10_000)]
+    """N. Two at least, because an image's own expert is left out in training."""
+    partition: Literal["shuffled", "interleaved"] = "shuffled"
+    """shuffled: runs of the shuffled source domains (the public code). interleaved: domain number modulo N."""
+    backbone: BackboneConfig
+    training: TrainingConfig
+    objective: ObjectiveConfig = ERMConfig()
+    """What each minimises on its own domains, see ``student.objective``."""
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
+    """CPU threads of each expert's process; the number of processes follows from it."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often an expert whose process was killed or failed goes on from its last checkpoint, before the run gives it up."""
+    slurm_options: tuple[str, ...] = ()
+    """--launcher slurm only: further options of sbatch, for example ["--partition=gpu", "--time=24:00:00"]."""
+
+    @field_validator("slurm_options", mode="after")
+    @classmethod
+    def _on_one_line(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.startswith("-") or not option.isprintable() or "\\" in option:
+                raise ValueError("must be options of sbatch, each '--name=value' on one line, without backslashes")
+        return options
+
+
 class StudentConfig(Section):
     backbone: BackboneConfig | None = None
     """null: the experts', as tokens are taken from them. Its features must be as wide as theirs."""
@@ -467,7 +476,8 @@ class CompareConfig(Section):
     """What --compare does with every method."""
 
     methods: tuple[str, ...] = ()
-    """Short names, for example [erm, tent, meta_dmoe]; none: all."""
+    """Short names, for example [erm, tent, meta_dmoe], or groups of them: usual, and objectives, which is ERM and all that students
+    can be trained by; none: usual."""
     trials: Annotated[int, Field(ge=1, le=1000)] = 6
     """Settings tried on the validation domains, of each method at most so many."""
     trial_share: Annotated[float, Field(gt=0, le=1)] = 0.03
@@ -485,6 +495,9 @@ class Config(Section):
     preset: str = ""
     """Which of the file's named sets of values this is, where it has several."""
     seed: Seed = 1
+    method: Literal["meta_dmoe", "erm"] = "meta_dmoe"
+    """meta_dmoe: all stages. erm: one network alone, as the section student says, tested unadapted; sections of other stages
+    count for nothing."""
     checkpoint_every: Count = 500
     """Steps between checkpoints, beside those at each evaluation."""
     data: DataConfig = DataConfig()
@@ -512,8 +525,18 @@ class Config(Section):
         """Support images at test time."""
         return self.evaluation.support_size or self.meta.support_size
 
+    @property
+    def trains_one(self) -> bool:
+        """Whether there are no experts, and nothing adapts."""
+        return self.method == "erm"
 
-LATER_FIELDS = {"aggregator": ("pooling",), "meta": ("distill", "learns", "student_start"), "student": ("objective",)}
+
+LATER_FIELDS = {
+    "aggregator": ("pooling",),
+    "experts": ("objective",),
+    "meta": ("distill", "learns", "student_start"),
+    "student": ("objective",),
+}
 """Fields of sections that earlier runs were made without, and whose defaults say what was done then."""
 
 

@@ -19,6 +19,7 @@ from dmoe.errors import UserError
 from dmoe.meta.learner import ZeroTarget
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
+from dmoe.models.student import Student
 from dmoe.run_folder import RunFolder, Stage
 from dmoe.tasks import Task
 
@@ -43,18 +44,53 @@ class Model(Adapter):
     config: Config
 
 
+class Single(Student):
+    """A network that was trained alone (``method: erm``): it predicts, and does not adapt.
+
+    Attributes:
+        transform: picture to tensor ``[C, H, W]``.
+        class_names: one a class.
+        config: of the run it was trained by.
+    """
+
+    transform: ImageTransform
+    class_names: Sequence[str]
+    config: Config
+
+
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Model:
     """The model of a finished run.
 
     Raises:
-        UserError: not a run folder, the run is not finished, or a weights file is missing, damaged or of another network.
+        UserError: not a run folder, the run is not finished or trained one network alone, or a weights file is missing, damaged or
+            of another network.
     """
     run = RunFolder(Path(folder))
     return load_as(run, run.config(), device=device)
 
 
-def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Model:
-    """:func:`load`, evaluating by ``config``, which differs from the run's own in how it is tested at most."""
+def load_single(folder: str | Path, *, device: str | torch.device = "cpu") -> Single:
+    """The network of a finished run that trained it alone: ``dmoe.load_single(folder).predict(images)``.
+
+    Raises:
+        UserError: not such a run folder, the run is not finished, or the weights file is missing, damaged or of another network.
+    """
+    run = RunFolder(Path(folder))
+    config = run.config()
+    if not config.trains_one:
+        raise UserError(f"{run.path}: a run of all stages, not of one network alone: dmoe.load opens it")
+    transform, task, class_names = _description(run)
+    backbone, weights = config.student_backbone, _whole(run.stage("student", {}))
+    network = build_backbone(backbone, image_shape=transform.image_shape, num_outputs=task.num_outputs)
+    load_into(network, under_prefix("model", load_tensors(weights)[0]), where=str(weights))
+    network.to(device).eval()
+    model = Single(features=network.features, head=network.head, task=task)
+    model.transform, model.class_names, model.config = transform, class_names, config
+    return model
+
+
+def _description(run: RunFolder) -> tuple[ImageTransform, Task, list[str]]:
+    """What :func:`describe` wrote."""
     if not (run.path / DESCRIPTION).is_file():
         way = f"python run.py --run_dir {run.path}"
         raise UserError(f"{run.path}: the run is not finished (no {DESCRIPTION}): {way}")
@@ -66,6 +102,14 @@ def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Mo
             raise ValueError(f"images {list(transform.image_shape)}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run.path / DESCRIPTION}: damaged ({error}): run.py writes it anew") from None
+    return transform, task, class_names
+
+
+def load_as(run: RunFolder, config: Config, *, device: str | torch.device) -> Model:
+    """:func:`load`, evaluating by ``config``, which differs from the run's own in how it is tested at most."""
+    if config.trains_one:
+        raise UserError(f"{run.path}: one network trained alone (method erm), which does not adapt: dmoe.load_single opens it")
+    transform, task, class_names = _description(run)
 
     def network(backbone: BackboneConfig) -> Network:
         return build_backbone(backbone, image_shape=transform.image_shape, num_outputs=task.num_outputs)

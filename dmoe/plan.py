@@ -3,12 +3,12 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmoe.config import Duration, TrainingConfig
 from dmoe.console import say
@@ -19,6 +19,7 @@ from dmoe.meta_stage import gradient_way, meta_learner
 from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
+from dmoe.objectives import NAMES
 from dmoe.randomness import generator
 from dmoe.stages import Run
 from dmoe.tokens import TOKENS, bytes_a_number
@@ -46,8 +47,8 @@ class Costs:
     read: float
     forward: float
     train: float
-    aggregate: float
-    meta: float
+    aggregate: float = 0.0
+    meta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,27 +66,22 @@ def show(run: Run) -> None:
     Raises:
         UserError: the token store does not fit on the disk.
     """
+    if run.config.trains_one:
+        _show_alone(run)
+        return
     expert = run.network(run.config.experts.backbone, "plan", to_train=False)
     student = run.network(run.config.student_backbone, "plan", to_train=False)
     outputs = run.dataset.task.num_outputs
     aggregator = build_aggregator(run.config.aggregator, width=expert.width, num_outputs=outputs).to(run.device)
 
-    preset = f", preset {run.config.preset}" if run.config.preset else ""
-    reading = f", {run.workers} processes reading" if run.workers else ""
-    threads = f"{torch.get_num_threads()} CPU threads"
-    say(f"{run.dataset.name}{preset}, seed {run.config.seed}, on {run.device} with {threads}{reading}; {run.folder.path}")
-    for name, split in run.dataset.splits.items():
-        say(f"  {name:<14}{len(split):>9,} images  {len(split.members):>5,} domains{_groups(run, name, split)}")
+    _show_data(run)
     count, backbone = run.config.experts.count, run.config.experts.backbone.name
     student_name = run.config.student_backbone.name
     say(
         f"  {count} experts {backbone}, {_millions(expert)} parameters each; aggregator {_millions(aggregator)}; "
         f"student {student_name}, {_millions(student)}; features {expert.width} wide"
     )
-    if run.dataset.decoded is not None:
-        decoded = run.dataset.decoded
-        most, kept = _size(decoded.bytes_at_most), _size(decoded.bytes_there)
-        say(f"  decoded images are kept in {decoded.path.parent}, up to {most}; {kept} are there (data.decoded_gb)")
+    _show_decoded(run)
     needed, free = token_bytes(run, width=expert.width), _free(run.folder.path)
     there = (run.folder.path / "tokens" / "source" / TOKENS).exists()
     say(f"  tokens take {_size(needed)}{' (already there)' if there else ''}; {_size(free)} are free on that disk")
@@ -100,7 +96,38 @@ def show(run: Run) -> None:
         return
     costs = measure(run, expert, student, aggregator)
     say(f"  meta-gradients by {gradient_way(run, meta_learner(run, aggregator, student))}")
-    plan = entries(run, costs)
+    _show_entries(entries(run, costs))
+
+
+def _show_alone(run: Run) -> None:
+    network = run.network(run.config.student_backbone, "plan", to_train=False)
+    _show_data(run)
+    what = f"{run.config.student_backbone.name}, {_millions(network)} parameters, features {network.width} wide"
+    say(f"  one network {what}; trained by {NAMES[run.config.student.objective.name]}, tested unadapted")
+    _show_decoded(run)
+    if run.student_stage.manifest.exists():
+        say("  every stage is finished\n")
+        return
+    _show_entries(entries_alone(run, measure_network(run, network)))
+
+
+def _show_data(run: Run) -> None:
+    preset = f", preset {run.config.preset}" if run.config.preset else ""
+    reading = f", {run.workers} processes reading" if run.workers else ""
+    threads = f"{torch.get_num_threads()} CPU threads"
+    say(f"{run.dataset.name}{preset}, seed {run.config.seed}, on {run.device} with {threads}{reading}; {run.folder.path}")
+    for name, split in run.dataset.splits.items():
+        say(f"  {name:<14}{len(split):>9,} images  {len(split.members):>5,} domains{_groups(run, name, split)}")
+
+
+def _show_decoded(run: Run) -> None:
+    if run.dataset.decoded is not None:
+        decoded = run.dataset.decoded
+        most, kept = _size(decoded.bytes_at_most), _size(decoded.bytes_there)
+        say(f"  decoded images are kept in {decoded.path.parent}, up to {most}; {kept} are there (data.decoded_gb)")
+
+
+def _show_entries(plan: Sequence[Entry]) -> None:
     for entry in plan:
         say(f"  {entry.stage:<14}{entry.work:<58}{_duration(entry.seconds) if entry.seconds else 'finished':>12}")
     say(f"  {'in all, about':<72}{_duration(sum(entry.seconds for entry in plan)):>12}\n")
@@ -116,22 +143,7 @@ def token_bytes(run: Run, *, width: int) -> int:
 def measure(run: Run, expert: Network, student: Network, aggregator: Aggregator) -> Costs:
     """Time a few batches of each kind of work. Nothing of the run is changed."""
     task, device = run.dataset.task, run.device
-    index = torch.randperm(len(run.source), generator=generator("plan"))[:64]
-
-    def read(count: int) -> None:
-        run.source.images(index[:count], draw=0)
-
-    reading = _seconds_each(read, at_most=len(index))
-    images = run.source.images(index).to(device)
-    labels = run.source.labels[: len(images)].to(device)
-
-    def forward(count: int) -> None:
-        with torch.no_grad():
-            expert.eval()(images[:count])
-
-    def train(count: int) -> None:
-        # In eval mode, where one image is enough for batch-norm.
-        task.loss(expert.eval()(images[:count]), labels[:count]).backward()
+    images, labels = _some_images(run)
 
     def aggregate(steps: int) -> None:
         for _ in range(steps):
@@ -145,14 +157,50 @@ def measure(run: Run, expert: Network, student: Network, aggregator: Aggregator)
     learner.way = gradient_way(run, learner).way
     tokens = torch.zeros(batch, run.config.experts.count, expert.width, device=device)
     many_labels = run.source.labels[torch.arange(batch) % len(run.source)].to(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else None
+    return replace(
+        measure_network(run, expert),
+        aggregate=_seconds_each(aggregate, at_most=8, wait=_wait(device)),
+        meta=_seconds_each(meta, at_most=len(images), wait=_wait(device)) / 2,
+    )
+
+
+def measure_network(run: Run, network: Network) -> Costs:
+    """The part of :func:`measure` that is of one network alone."""
+    task, wait = run.dataset.task, _wait(run.device)
+    index = _some_index(run)
+
+    def read(count: int) -> None:
+        run.source.images(index[:count], draw=0)
+
+    reading = _seconds_each(read, at_most=len(index))
+    images, labels = _some_images(run)
+
+    def forward(count: int) -> None:
+        with torch.no_grad():
+            network.eval()(images[:count])
+
+    def train(count: int) -> None:
+        # In eval mode, where one image is enough for batch-norm.
+        task.loss(network.eval()(images[:count]), labels[:count]).backward()
+
     return Costs(
         read=reading / max(1, run.workers),
         forward=_seconds_each(forward, at_most=len(images), wait=wait),
         train=_seconds_each(train, at_most=len(images), wait=wait),
-        aggregate=_seconds_each(aggregate, at_most=8, wait=wait),
-        meta=_seconds_each(meta, at_most=len(images), wait=wait) / 2,
     )
+
+
+def _some_index(run: Run) -> Tensor:
+    return torch.randperm(len(run.source), generator=generator("plan"))[:64]
+
+
+def _some_images(run: Run) -> tuple[Tensor, Tensor]:
+    images = run.source.images(_some_index(run)).to(run.device)
+    return images, run.source.labels[: len(images)].to(run.device)
+
+
+def _wait(device: torch.device) -> Callable[[], object] | None:
+    return torch.cuda.synchronize if device.type == "cuda" else None
 
 
 def entries(run: Run, costs: Costs) -> list[Entry]:
@@ -160,7 +208,6 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
     config, source, validation = run.config, run.source, run.validation
     experts = config.experts
     look = max(costs.read, costs.forward)  # a validation image
-    step = max(costs.read, costs.train)  # a training image
     members = [int((run.own_expert == number).sum()) for number in range(experts.count)]
     trained = "experts" not in run.given
     waiting = [size for number, size in enumerate(members) if trained and not run.expert_stage(number).manifest.exists()]
@@ -178,19 +225,14 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
     def finished(name: str) -> bool:
         return name in run.given or (run.folder.path / name / "manifest.json").exists()
 
-    def supervised(training: TrainingConfig, images: int) -> float:
-        steps, looks = _training(training, images)
-        return steps * min(training.batch_size, images) * step + looks * len(validation) * look
-
     def tested(split: DomainSplit) -> float:
         return len(split) * look + len(split.members) * adapt
 
-    student = config.student.training
     return [
         Entry(
             "experts",
             f"{len(waiting)} of {experts.count}, {experts.training.duration} of batches of {experts.training.batch_size}",
-            sum(supervised(experts.training, size) for size in waiting) / max(1, min(machines, len(waiting))),
+            sum(_supervised(run, costs, experts.training, size) for size in waiting) / max(1, min(machines, len(waiting))),
         ),
         Entry(
             "tokens",
@@ -202,11 +244,7 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
             f"{config.aggregator.training.duration} of batches of {config.aggregator.training.batch_size}, from tokens",
             0.0 if finished("aggregator") else (aggregating + checks) * costs.aggregate,
         ),
-        Entry(
-            "student",
-            f"{student.duration} of batches of {student.batch_size}",
-            0.0 if finished("student") else supervised(student, len(source)),
-        ),
+        _student(run, costs, finished=finished("student")),
         Entry(
             "meta",
             f"{meta_steps:,} updates of {per_update} x {config.meta.support_size} + {config.meta.query_size} images",
@@ -221,6 +259,26 @@ def entries(run: Run, costs: Costs) -> list[Entry]:
         ),
         Entry("test", f"{len(target):,} images of {len(target.members)} domains", 3 * len(target) * look + tested(target)),
     ]
+
+
+def entries_alone(run: Run, costs: Costs) -> list[Entry]:
+    """The stages of a run that trains one network alone."""
+    target = run.dataset.splits["target"]
+    test = Entry("test", f"{len(target):,} images of {len(target.members)} domains", len(target) * max(costs.read, costs.forward))
+    return [_student(run, costs, finished=False), test]
+
+
+def _student(run: Run, costs: Costs, *, finished: bool) -> Entry:
+    training = run.config.student.training
+    seconds = 0.0 if finished else _supervised(run, costs, training, len(run.source))
+    return Entry("student", f"{training.duration} of batches of {training.batch_size}", seconds)
+
+
+def _supervised(run: Run, costs: Costs, training: TrainingConfig, images: int) -> float:
+    """Seconds of a training on so many source images."""
+    steps, looks = _training(training, images)
+    trained = steps * min(training.batch_size, images) * max(costs.read, costs.train)
+    return trained + looks * len(run.validation) * max(costs.read, costs.forward)
 
 
 def _training(training: TrainingConfig, images: int) -> tuple[int, int]:

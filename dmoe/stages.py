@@ -25,7 +25,17 @@ from dmoe.artifacts import (
     under_prefix,
 )
 from dmoe.backbones import build_backbone
-from dmoe.config import HOW_EXPERTS_ARE_LAUNCHED, BackboneConfig, Config, DomainsConfig, TrainingConfig, as_inputs
+from dmoe.config import (
+    HOW_EXPERTS_ARE_LAUNCHED,
+    BackboneConfig,
+    Config,
+    DomainsConfig,
+    ExpertsConfig,
+    ObjectiveConfig,
+    StudentConfig,
+    TrainingConfig,
+    as_inputs,
+)
 from dmoe.console import say
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.episodes import EpisodeSampler
@@ -40,7 +50,7 @@ from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, in_layout
 from dmoe.models.sparse import balance_of, routings
-from dmoe.objectives import ERM, SWAD, Objective, Outputs, build_objective
+from dmoe.objectives import SWAD, Outputs, build_objective
 from dmoe.precision import computing_in, not_coarse
 from dmoe.protocols import Protocol
 from dmoe.published import PublishedFolder, TrainingStage
@@ -138,25 +148,21 @@ class Run:
         training: TrainingConfig,
         report: Report | None = None,
         *,
-        objective: Objective | None = None,
-        domains: int | None = None,
+        objective: ObjectiveConfig,
     ) -> Progress:
         """Train a network on the given source images; it ends with the weights that are best on the validation domains, or SWAD's.
 
         Args:
-            objective: what is minimised; None: the task loss.
-            domains: how many a batch has, with equally many images of each; None: whatever comes.
+            objective: what is minimised.
         """
         key: tuple[Key, ...] = (self.config.seed, stage.name)
-        chosen = objective or ERM(self.dataset.task)
+        torch.manual_seed(seed_of(self.config.seed, "initial weights", "objective"))
+        known = self.source.domains[members].unique().tolist()
+        chosen = build_objective(objective, self.dataset.task, network=network, domains=known)
         average = chosen if isinstance(chosen, SWAD) else None
         if isinstance(chosen, nn.Module):
             chosen.to(self.device)
-        batches: SupervisedBatches | DomainBatches
-        if domains is None:
-            batches = SupervisedBatches(self.source, members, batch_size=training.batch_size, key=key)
-        else:
-            batches = DomainBatches(self.source, members, batch_size=training.batch_size, domains=domains, key=key)
+        batches = self.batches(members, training, objective, key=key)
 
         def loss(step: int, pixels: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
             with computing_in(training.precision, self.device), routings(network.features) as routed:
@@ -193,6 +199,19 @@ class Run:
             average=average,
         )
 
+    def batches(
+        self, members: Tensor, training: TrainingConfig, objective: ObjectiveConfig, *, key: tuple[Key, ...] = ()
+    ) -> SupervisedBatches | DomainBatches:
+        """Of the given source images, as the objective needs them: of a few domains at a time, or whatever comes.
+
+        Raises:
+            UserError: domains are to be compared, and there is one only, or too few images of each in a batch.
+        """
+        if isinstance(objective, DomainsConfig):
+            size, domains = training.batch_size, objective.domains
+            return DomainBatches(self.source, members, batch_size=size, domains=domains, key=key)
+        return SupervisedBatches(self.source, members, batch_size=training.batch_size, key=key)
+
     def first(self, work: Callable[[], object]) -> None:
         """Do what only one process can, in the first one; the others wait for it."""
         if self.world.is_first:
@@ -219,7 +238,7 @@ class Run:
                 say(f"{stage.name}: already finished from the same inputs ({stage.folder})")
             else:
                 if only_load:
-                    raise _nothing_to_load(stage.folder)
+                    raise nothing_to_load(stage.folder)
                 progress = train() if first or together else None
                 if first and progress is not None:
                     stage.finish(files=[stage.weights], figures=progress.figures())
@@ -263,6 +282,10 @@ def check(run: Run, *, expert: int | None = None, tests: bool = False) -> None:
     if expert is not None and not 0 <= expert < config.experts.count:
         raise UserError(f"--expert_idx: must be 0 to {config.experts.count - 1}, got {expert}")
     EpisodeSampler(run.source, support_size=config.meta.support_size, query_size=config.meta.query_size, key=())
+    for number in range(config.experts.count if "experts" not in run.given else 0):
+        check_objective(run, f"experts (number {number})", torch.where(run.own_expert == number)[0], config.experts)
+    if "student" not in run.given:
+        check_objective(run, "student", torch.arange(len(run.source)), config.student)
     # Pretrained weights are fetched here once, not by every expert's process.
     fresh_expert = "experts" not in run.given and not run.expert_stage(expert or 0).manifest.exists()
     fresh_student = "student" not in run.given and not run.student_stage.manifest.exists()
@@ -277,9 +300,18 @@ def check(run: Run, *, expert: int | None = None, tests: bool = False) -> None:
         aggregator = build_aggregator(config.aggregator, width=student.width, num_outputs=run.dataset.task.num_outputs)
     for name in ("aggregator", "student"):
         if name in run.given and not tests and run.published is None and not (run.folder.path / name / "manifest.json").exists():
-            raise _nothing_to_load(run.folder.path / name)
+            raise nothing_to_load(run.folder.path / name)
     if run.published is not None:
         _check_published(run, run.published, tests=tests, expert=network, aggregator=aggregator, student=student)
+
+
+def check_objective(run: Run, name: str, members: Tensor, config: ExpertsConfig | StudentConfig) -> None:
+    """Raise a UserError where the objective of a training on the given source images cannot be minimised on them."""
+    if isinstance(config.objective, DomainsConfig):
+        try:
+            run.batches(members, config.training, config.objective)
+        except UserError as error:
+            raise UserError(f"{name}: objective {config.objective.name}: {error}") from None
 
 
 def _check_published(
@@ -395,13 +427,8 @@ def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
     student = run.network(run.config.student_backbone, "student", to_train=not (only_load or stage.manifest.exists()))
 
     def train() -> Progress:
-        config = run.config.student
-        torch.manual_seed(seed_of(run.config.seed, "initial weights", "objective"))
-        known = run.source.domains.unique().tolist()
-        objective = build_objective(config.objective, run.dataset.task, network=student, domains=known)
-        domains = config.objective.domains if isinstance(config.objective, DomainsConfig) else None
-        members = torch.arange(len(run.source))
-        return run.train_network(stage, student, members, config.training, objective=objective, domains=domains)
+        config, members = run.config.student, torch.arange(len(run.source))
+        return run.train_network(stage, student, members, config.training, objective=config.objective)
 
     if only_load and run.published is not None:
         take = partial(run.published.load_student, "pretrained", student)
@@ -410,7 +437,7 @@ def pretrain_student(run: Run, *, only_load: bool = False) -> Network:
     return student
 
 
-def _nothing_to_load(folder: Path) -> UserError:
+def nothing_to_load(folder: Path) -> UserError:
     return UserError(f"{folder}: no finished {folder.name} here: run without the flag that asks to load it")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.adaptation import Adapter
+from dmoe.alone import trained_alone
 from dmoe.artifacts import digest_of_file, written_whole
 from dmoe.baselines.batch_statistics import BatchStatistics
 from dmoe.baselines.unadapted import Unadapted
@@ -52,32 +53,44 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
     if split not in run.dataset.splits:
         raise UserError(f"--split: {run.dataset.name} has no {split} split; it has {', '.join(run.dataset.splits)}")
     began = time.perf_counter()
-    trained = _finished_run(run) if published is None else _published(run, published)
     methods: dict[str, Method | WithTokens] = {}
-    if trained.plain is not None:
-        methods |= {"ERM student": Unadapted(trained.plain), "batch statistics": BatchStatistics(trained.plain)}
-    methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
+    weights: Mapping[str, str]
+    if run.config.trains_one:
+        methods |= trained_alone(run)
+        main, weights = next(iter(methods)), run.student_stage.files()
+    else:
+        trained = _finished_run(run) if published is None else _published(run, published)
+        if trained.plain is not None:
+            methods |= {"ERM student": Unadapted(trained.plain), "batch statistics": BatchStatistics(trained.plain)}
+        methods |= {"before adapting": Unadapted(trained.adapter.student), "adapted": trained.adapter}
+        main, weights = "adapted", trained.weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspectAdaptation)  # told below
         evaluations = run.evaluate_all(methods, split, run.protocol, name="test")
     if not run.world.is_first:
         return
     settings, dataset = run.config.evaluation, run.dataset
-    scored = "included in" if settings.score_support else "left out of"
-    say(f"\n{split} domains, adapted to {run.config.support_size} unlabeled images of each, {scored} the score")
+    say(f"\n{split} domains, {_protocol_line(run)}")
     if dataset.unreadable:
         say(f"{len(dataset.unreadable)} images could not be read and are left out; no files of predictions are written")
     say("\n" + overall_table(evaluations, dataset))
-    if len(evaluations["adapted"].domains) <= DOMAINS_SHOWN:
+    if len(evaluations[main].domains) <= DOMAINS_SHOWN:
         say("\n" + domain_table(evaluations, dataset.splits[split].domain_names))
-    if evaluations["adapted"].diagnoses:
-        say("\n" + watched_lines(evaluations["adapted"], dataset.splits[split].domain_names, told=settings.on_suspect != "keep"))
+    if evaluations[main].diagnoses:
+        say("\n" + watched_lines(evaluations[main], dataset.splits[split].domain_names, told=settings.on_suspect != "keep"))
     for name, evaluation in evaluations.items():
-        run.folder.append_result(result_row(run, name, split, evaluation, weights=trained.weights))
+        run.folder.append_result(result_row(run, name, split, evaluation, weights=weights))
         if not run.dataset.unreadable:
             path = run.folder.path / "predictions" / name.replace(" ", "_") / predictions_name(run, split)
             write_predictions(path, evaluation)
     say(f"\ntested in {time.perf_counter() - began:.0f} s; run folder: {run.folder.path}")
+
+
+def _protocol_line(run: Run) -> str:
+    size, scored = run.config.support_size, run.config.evaluation.score_support
+    if run.config.trains_one:
+        return "unadapted" + ("" if scored else f", the first {size} images of each left out of the score")
+    return f"adapted to {size} unlabeled images of each, {'included in' if scored else 'left out of'} the score"
 
 
 def result_row(

@@ -21,7 +21,7 @@ def train_expert(run: Run, number: int) -> None:
             return
         expert = run.network(config.backbone, "expert", number, to_train=True)
         members = torch.where(run.own_expert == number)[0]
-        progress = run.train_network(stage, expert, members, config.training, report=_print_progress)
+        progress = run.train_network(stage, expert, members, config.training, _print_progress, objective=config.objective)
         stage.finish(files=[stage.weights], figures=progress.figures())
         tidy(stage)
     print(f"{stage.name}: {progress.summary()} ({stage.folder})", flush=True)

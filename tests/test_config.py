@@ -341,8 +341,11 @@ def test_later_fields_at_their_defaults_are_no_inputs_and_others_are(path: Path)
     assert list(plain["aggregator"]) == ["depth", "heads", "dropout", "output_map", "training"]
     assert not {"distill", "learns", "student_start"} & set(plain["meta"])
     assert list(plain["student"]) == ["backbone", "training"]
+    assert "objective" not in plain["experts"]
     changes = ["aggregator.pooling=max", "meta.distill=logits", "meta.learns=student", "meta.student_start=random"]
-    changed = as_inputs(load_config(path, [*changes, "student.objective.name=mmd"]))
+    changes += ["student.objective.name=mmd", "experts.objective.name=swad"]
+    changed = as_inputs(load_config(path, changes))
+    assert changed["experts"]["objective"]["name"] == "swad"
     assert changed["aggregator"]["pooling"] == "max"
     assert changed["student"]["objective"] == {"name": "mmd", "penalty": 1.0, "domains": 4}
     assert [changed["meta"][name] for name in ("distill", "learns", "student_start")] == ["logits", "student", "random"]

@@ -21,14 +21,16 @@ from dmoe.baselines.t3a import T3a
 from dmoe.baselines.tent import Tent
 from dmoe.baselines.unadapted import Unadapted
 from dmoe.compare import training
-from dmoe.config import NO_STEPS, Duration, TrainingConfig
-from dmoe.errors import UserError
+from dmoe.compare.objectives import OBJECTIVES
+from dmoe.config import NO_STEPS, Duration, TrainingConfig, objective_of
+from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.meta.learner import ZeroTarget
 from dmoe.meta_stage import meta_train_student
 from dmoe.model import build_adapter, build_aggregator, load_as
 from dmoe.models.networks import Network
 from dmoe.models.student import Student
+from dmoe.objectives import NAMES
 from dmoe.randomness import generator
 from dmoe.run_folder import Stage
 from dmoe.stages import Run, load_experts, make_tokens, pretrain_student
@@ -37,6 +39,9 @@ Settings = Mapping[str, Any]
 
 OF_THE_OPTIMIZER = ("lr", "max_gradient_norm")
 """Settings that are fields of :class:`~dmoe.config.OptimizerConfig`."""
+
+IN_STEPS = {"annealed": "anneal_steps", "ramp": "ramp_steps"}
+"""Settings that are a part of the whole training, and the fields of an objective that have it in steps."""
 
 FULL = "full"
 """The name of the training that is tested; others are trials."""
@@ -49,6 +54,9 @@ OURS = ("experts", "tokens", "aggregator", "student", "meta")
 
 LOOKS = 4
 """At the validation domains, in a whole training."""
+
+LOOKS_OF_SWAD = 20
+"""In any training: it finds its window by them. The paper: one every 50 to 500 of 5,000 steps."""
 
 FISHER_IMAGES = 2000
 """Source images of EATA, as published."""
@@ -70,12 +78,17 @@ class Trial:
     name: str = ""
     duration: Duration = NO_STEPS
 
-    def training(self, settings: Settings) -> TrainingConfig:
-        """As the student's own, but for its length and what the settings say of its optimizer."""
+    def training(self, settings: Settings, *, looks: int | None = None) -> TrainingConfig:
+        """As the student's own, but for its length and what the settings say of its optimizer.
+
+        Args:
+            looks: at the validation domains; None: as usual.
+        """
         own, steps = self.run.config.student.training, self.duration.steps(1)
         optimizer = own.optimizer.model_copy(update={key: settings[key] for key in OF_THE_OPTIMIZER if key in settings})
         # A trial, by whose pace the length of the whole training is reckoned, has no time for more than one look at validation.
-        every = Duration(max(1, -(-steps // LOOKS) if self.name == FULL else steps), "steps")
+        looks = looks or (LOOKS if self.name == FULL else 1)
+        every = Duration(max(1, -(-steps // looks)), "steps")
         return own.model_copy(update={"duration": self.duration, "evaluate_every": every, "optimizer": optimizer})
 
     def place(self, settings: Settings) -> Stage:
@@ -136,22 +149,22 @@ class Candidate:
         return ERM in self.beside
 
 
-def _erm(trial: Trial, settings: Settings) -> Method:
-    return training.train_erm(trial.run, trial.place(settings), training=trial.training(settings))
-
-
 def _oracle(trial: Trial, settings: Settings) -> Method:
     return training.train_oracle(trial.run, trial.place(settings), training=trial.training(settings))
 
 
-def _coral(trial: Trial, settings: Settings) -> Method:
-    return training.train_coral(trial.run, trial.place(settings), training=trial.training({}), **settings)
+def _objective(name: str) -> Callable[[Trial, Settings], Method]:
+    """Training from the start by an objective; settings are fields of it, or parts of the training, see :data:`IN_STEPS`."""
 
+    def make(trial: Trial, settings: Settings) -> Method:
+        if name == "miro" and trial.run.config.student_backbone.weights == "none":
+            raise DoesNotApply("MIRO: the student begins with random weights, and has no pretrained ones to stay near to")
+        own = {key: value for key, value in settings.items() if key not in (*OF_THE_OPTIMIZER, *IN_STEPS)}
+        own |= {field: round(settings[key] * trial.duration.steps(1)) for key, field in IN_STEPS.items() if key in settings}
+        how = trial.training(settings, looks=LOOKS_OF_SWAD if name == "swad" else None)
+        return training.train_plainly(trial.run, trial.place(settings), training=how, objective=objective_of(name, own))
 
-def _irm(trial: Trial, settings: Settings) -> Method:
-    annealed = round(settings["annealed"] * trial.duration.steps(1))
-    own = {key: value for key, value in settings.items() if key != "annealed"}
-    return training.train_irm(trial.run, trial.place(settings), training=trial.training({}), anneal_steps=annealed, **own)
+    return make
 
 
 def _arm(train: Callable[..., Method]) -> Callable[[Trial, Settings], Method]:
@@ -205,24 +218,8 @@ LRS: Sequence[Settings] = ({}, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 6e-3}, {"lr": 
 ARM_PAPER = "Zhang et al., NeurIPS 2021"
 
 CANDIDATES: Mapping[str, Candidate] = {
-    "erm": Candidate("ERM", "Vapnik, 1998", _erm, LRS, by_image=True),
-    "coral": Candidate(
-        "CORAL",
-        "Sun & Saenko, ECCV 2016",
-        _coral,
-        [{"penalty": p, "domains": d} for p, d in ((1.0, 4), (0.1, 4), (10.0, 4), (0.01, 4), (0.1, 8), (1.0, 8))],
-        by_image=True,
-    ),
-    "irm": Candidate(
-        "IRM",
-        "Arjovsky et al., 2019",
-        _irm,
-        [
-            {"penalty": p, "annealed": a, "domains": 4}
-            for p, a in ((100, 0.1), (1, 0.15), (0.1, 0.15), (10, 0.5), (100, 0.8), (1, 0.5))
-        ],
-        by_image=True,
-    ),
+    "erm": Candidate(NAMES["erm"], "Vapnik, 1998", _objective("erm"), LRS, by_image=True),
+    **{key: Candidate(NAMES[key], paper, _objective(key), tried, by_image=True) for key, (paper, tried) in OBJECTIVES.items()},
     "arm_cml": Candidate(
         "ARM-CML",
         ARM_PAPER,
@@ -348,3 +345,9 @@ CANDIDATES: Mapping[str, Candidate] = {
     "oracle": Candidate("oracle: told the domain", "our control", _oracle, LRS, by_image=True, seen=training.told_run),
 }
 """By short names, in the order of the table."""
+
+GROUPS: Mapping[str, Sequence[str]] = {
+    "usual": tuple(key for key in CANDIDATES if key not in OBJECTIVES or key in ("coral", "irm")),
+    "objectives": ("erm", *OBJECTIVES),
+}
+"""Several methods by one name; ``usual`` is what is compared where none are named."""

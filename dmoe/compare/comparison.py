@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmoe.artifacts import written_whole
-from dmoe.compare.candidates import CANDIDATES, Candidate
+from dmoe.compare.candidates import CANDIDATES, GROUPS, Candidate
 from dmoe.compare.tasks import Task, run_tasks
 from dmoe.compare.work import order_of, read_rows
 from dmoe.console import say
@@ -36,7 +36,7 @@ def compare(
         run: arguments of the interpreter that make a whole run, but for seed and folder.
         flags: of the command line that every process is given.
         at_once: processes.
-        methods: by their short names; none: all.
+        methods: by their short names or those of groups; none: the usual ones.
         chosen_by: ``results.jsonl`` of an earlier comparison, which tried settings already; None: the first seed tries them.
 
     Raises:
@@ -62,11 +62,12 @@ def compare(
 
 
 def candidates_of(names: Sequence[str]) -> dict[str, Candidate]:
-    """Methods by short names, in the order of the table; all, where none are named."""
-    unknown = [name for name in names if name not in CANDIDATES]
+    """Methods by short names, or those of groups, in the order of the table; the usual ones, where none are named."""
+    unknown = [name for name in names if name not in CANDIDATES and name not in GROUPS]
     if unknown:
-        raise UserError(f"compare.methods: {unknown[0]!r} is unknown; use some of {', '.join(CANDIDATES)}")
-    chosen = {key: candidate for key, candidate in CANDIDATES.items() if key in names or not names}
+        raise UserError(f"compare.methods: {unknown[0]!r} is unknown; use some of {', '.join((*CANDIDATES, *GROUPS))}")
+    named = {key for name in names or ["usual"] for key in GROUPS.get(name, (name,))}
+    chosen = {key: candidate for key, candidate in CANDIDATES.items() if key in named}
     lost = [key for key, candidate in chosen.items() if candidate.adapts_erm and "erm" not in chosen]
     if lost:
         raise UserError(f"compare.methods: {lost[0]} adapts the ERM student that the method erm trains: name erm too")

@@ -15,42 +15,32 @@ from dmoe.baselines.arm_cml import ArmCml, ContextNetwork
 from dmoe.baselines.arm_ll import ArmLl, LossNetwork
 from dmoe.baselines.arm_training import train_in_episodes
 from dmoe.baselines.unadapted import Unadapted
-from dmoe.config import TrainingConfig
+from dmoe.config import ERMConfig, ObjectiveConfig, TrainingConfig
 from dmoe.data.told import told_domain
 from dmoe.distributed import ALONE
 from dmoe.evaluation import Method
 from dmoe.loop import Progress
 from dmoe.models.networks import Network
 from dmoe.models.student import Student
-from dmoe.objectives import CORAL, IRM, Objective
 from dmoe.protocols import Protocol
 from dmoe.randomness import seed_of
 from dmoe.run_folder import Stage
 from dmoe.stages import Run
 
 
-def train_erm(run: Run, stage: Stage, *, training: TrainingConfig) -> Method:
-    """Plain supervised training, as the student's, for as long as ``training`` says."""
-    return _train_plainly(run, stage, training)
-
-
-def train_coral(run: Run, stage: Stage, *, training: TrainingConfig, penalty: float, domains: int) -> Method:
-    """See :class:`~dmoe.objectives.CORAL`.
+def train_plainly(run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig) -> Method:
+    """Supervised training, as the student's, for as long as ``training`` says.
 
     Args:
-        domains: that a batch has images of.
+        objective: what is minimised, see :mod:`dmoe.objectives`.
     """
-    return _train_plainly(run, stage, training, objective=CORAL(run.dataset.task, penalty=penalty), domains=domains)
+    network = _network(run, stage, None)
 
+    def train() -> Progress:
+        return run.train_network(stage, network, torch.arange(len(run.source)), training, objective=objective)
 
-def train_irm(run: Run, stage: Stage, *, training: TrainingConfig, penalty: float, anneal_steps: int, domains: int) -> Method:
-    """See :class:`~dmoe.objectives.IRM`.
-
-    Args:
-        domains: that a batch has images of.
-    """
-    objective = IRM(run.dataset.task, penalty=penalty, anneal_steps=anneal_steps)
-    return _train_plainly(run, stage, training, objective=objective, domains=domains)
+    run.finished_or(train, stage, {"model": network})
+    return Unadapted(Student(features=network.features, head=network.head, task=run.dataset.task))
 
 
 def told_run(run: Run) -> Run:
@@ -68,7 +58,7 @@ def train_oracle(run: Run, stage: Stage, *, training: TrainingConfig) -> Method:
     Args:
         run: made by :func:`told_run`.
     """
-    return _train_plainly(run, stage, training)
+    return train_plainly(run, stage, training=training, objective=ERMConfig())
 
 
 def train_arm_cml(
@@ -117,19 +107,6 @@ def train_arm_ll(
     torch.manual_seed(seed_of(run.config.seed, "initial weights", "learned loss"))
     loss = LossNetwork(num_outputs=task.num_outputs, width=loss_width).to(run.device)
     return _train_arm(run, stage, ArmLl(network, loss, task=task, inner_lr=inner_lr), training, domains)
-
-
-def _train_plainly(
-    run: Run, stage: Stage, training: TrainingConfig, *, objective: Objective | None = None, domains: int | None = None
-) -> Method:
-    network = _network(run, stage, None)
-
-    def train() -> Progress:
-        members = torch.arange(len(run.source))
-        return run.train_network(stage, network, members, training, objective=objective, domains=domains)
-
-    run.finished_or(train, stage, {"model": network})
-    return Unadapted(Student(features=network.features, head=network.head, task=run.dataset.task))
 
 
 def _train_arm(run: Run, stage: Stage, arm: Arm, training: TrainingConfig, domains: int) -> Method:

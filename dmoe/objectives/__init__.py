@@ -1,7 +1,7 @@
 """What supervised training on several source domains minimises: a loss of the features and logits of a batch and its domains."""
 
 from dmoe.objectives.base import Gradient, Objective, Outputs, gradient_of_loss
-from dmoe.objectives.build import build_objective
+from dmoe.objectives.build import NAMES, build_objective
 from dmoe.objectives.coral import CORAL, coral_penalty
 from dmoe.objectives.dann import DANN
 from dmoe.objectives.erm import ERM
@@ -20,6 +20,7 @@ __all__ = [
     "IRM",
     "MIRO",
     "MMD",
+    "NAMES",
     "SWAD",
     "Fish",
     "Fishr",

@@ -15,6 +15,20 @@ from dmoe.objectives.mmd import MMD
 from dmoe.objectives.swad import SWAD
 from dmoe.tasks import Task
 
+NAMES = {
+    "erm": "ERM",
+    "coral": "CORAL",
+    "irm": "IRM",
+    "mmd": "MMD",
+    "dann": "DANN",
+    "fish": "Fish",
+    "fishr": "Fishr",
+    "group_dro": "GroupDRO",
+    "miro": "MIRO",
+    "swad": "SWAD",
+}
+"""As people know them."""
+
 
 def build_objective(config: settings.ObjectiveConfig, task: Task, *, network: Network, domains: list[int]) -> Objective:
     """The objective, for a network that is yet to be trained; its first weights are of torch's global random state.

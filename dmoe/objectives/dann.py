@@ -17,7 +17,8 @@ class DANN(nn.Module, Objective):
 
     Source: Ganin et al., *Domain-adversarial training of neural networks*, JMLR 2016, with its schedule; among source domains, by a
     classifier of the shape that Gulrajani & Lopez-Paz, ICLR 2021, use. Both sides take each step together, by one optimizer, where
-    the latter take turns.
+    the latter take turns. With Adam's momentum the two can circle round one another, which plain descent, the paper's, does not
+    on the small problem of the tests.
     """
 
     known: Tensor

@@ -2,32 +2,44 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from noise import run_in
 
+from dmoe.compare import training as trainings
+from dmoe.compare.candidates import CANDIDATES, FULL, GROUPS, IN_STEPS, OF_THE_OPTIMIZER, Trial
 from dmoe.compare.training import (
     told_run,
     train_arm_bn,
     train_arm_cml,
     train_arm_ll,
-    train_coral,
-    train_erm,
-    train_irm,
     train_oracle,
+    train_plainly,
 )
-from dmoe.config import TrainingConfig
+from dmoe.config import Duration, TrainingConfig, objective_of
 from dmoe.data import digits
-from dmoe.errors import UserError
+from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.models.networks import Network
 from dmoe.protocols import Protocol
 from dmoe.run_folder import RunFolder
 from dmoe.stages import Run
 
-KINDS = ("ERM", "CORAL", "IRM", "oracle", "ARM-CML", "ARM-BN", "ARM-LL")
+OBJECTIVES = GROUPS["objectives"]
+KINDS = (*OBJECTIVES, "oracle", "ARM-CML", "ARM-BN", "ARM-LL")
+FIELDS = {
+    "coral": {"penalty": 0.1, "domains": 3},
+    "irm": {"penalty": 1.0, "anneal_steps": 50, "domains": 3},
+    "mmd": {"penalty": 0.1},
+    "dann": {"penalty": 0.1},
+    "fishr": {"penalty": 10.0, "anneal_steps": 50},
+}
+"""Of objectives, for trainings of a few dozen steps."""
+
 SHORT = TrainingConfig.model_validate({"batch_size": 12, "duration": "4 steps", "optimizer": {"lr": 0.01}})
 
 
@@ -35,9 +47,7 @@ def train(run: Run, kind: str, training: TrainingConfig, *, pretrained: Network 
     how = {"run": run, "stage": run.folder.stage(kind, run.facts()), "training": training}
     in_episodes = {"domains": 2, "pretrained": pretrained}
     by_kind: dict[str, Callable[[], Method]] = {
-        "ERM": lambda: train_erm(**how),
-        "CORAL": lambda: train_coral(**how, penalty=0.1, domains=3),
-        "IRM": lambda: train_irm(**how, penalty=1.0, anneal_steps=50, domains=3),
+        **{name: partial(train_plainly, **how, objective=objective_of(name, FIELDS.get(name, {}))) for name in OBJECTIVES},
         "oracle": lambda: train_oracle(**how),
         "ARM-CML": lambda: train_arm_cml(**how, **in_episodes, context_channels=2, context_width=4, kernel_size=3),
         "ARM-BN": lambda: train_arm_bn(**how, **in_episodes),
@@ -78,6 +88,48 @@ def test_arm_begins_as_the_pretrained_student(tmp_path: Path, kind: str) -> None
     for name, value in network.state_dict().items():
         assert torch.equal(value[:, :1] if name == "features.0.weight" else value, before[name]), name
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("key", OBJECTIVES)
+def test_settings_of_objectives_are_what_they_are_trained_by(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six each, the objective's own field for field, but for the optimizer's and parts of the training."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(trainings, "train_plainly", lambda run, stage, **how: seen.append(how))
+    run = run_in(tmp_path, "student.backbone={name: small_conv, weights: pretrained}")
+    trial = Trial(run, run.folder.stage(key, {}), name=FULL, duration=Duration(200, "steps"))
+    tried = CANDIDATES[key].tried
+    assert len(tried) == 6 and len({str(settings) for settings in tried}) == 6
+    for settings in tried:
+        CANDIDATES[key].make(trial, settings)
+        objective, training = seen[-1]["objective"], seen[-1]["training"]
+        assert objective.name == key
+        for name, value in settings.items():
+            if name in OF_THE_OPTIMIZER:
+                assert getattr(training.optimizer, name) == value
+            elif name in IN_STEPS:
+                assert getattr(objective, IN_STEPS[name]) == round(200 * value)
+            else:
+                assert getattr(objective, name) == value
+        assert training.duration == trial.duration
+        assert training.evaluate_every == Duration(10 if key == "swad" else 50, "steps")
+
+
+def test_first_settings_are_the_published_ones() -> None:
+    """Defaults of DomainBed's registry, and of the papers of MIRO and SWAD."""
+    first = {key: CANDIDATES[key].tried[0] for key in OBJECTIVES}
+    assert first["mmd"]["penalty"] == first["coral"]["penalty"] == first["dann"]["penalty"] == 1.0
+    assert (first["irm"]["penalty"], first["irm"]["annealed"]) == (100, 0.1)
+    assert (first["fishr"]["penalty"], first["fishr"]["annealed"], first["fishr"]["ema"]) == (1000, 0.3, 0.95)
+    assert first["group_dro"]["weights_lr"] == 0.01
+    assert first["miro"] == {"penalty": 0.1}
+    assert first["swad"] == {"start_patience": 3, "end_patience": 6, "tolerance": 1.3}
+
+
+def test_miro_is_none_for_a_student_without_pretrained_weights(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    trial = Trial(run, run.folder.stage("miro", {}), name=FULL, duration=Duration(2, "steps"))
+    with pytest.raises(DoesNotApply, match="has no pretrained ones to stay near to"):
+        CANDIDATES["miro"].make(trial, {"penalty": 0.1})
 
 
 def test_oracle_needs_numbers_that_describe_domains(tmp_path: Path) -> None:

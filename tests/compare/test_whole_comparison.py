@@ -11,13 +11,14 @@ import pytest
 from told import one_line
 
 from dmoe.compare import comparison
-from dmoe.compare.candidates import CANDIDATES
+from dmoe.compare.candidates import CANDIDATES, GROUPS
 from dmoe.compare.comparison import candidates_of, compare
 from dmoe.compare.tasks import Task
 from dmoe.errors import UserError
 from scripts.make_folder_sample import write_sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+USUAL = GROUPS["usual"]
 METHODS = ["erm", "tent", "meta_dmoe", "before"]
 WORDS = [
     *("--dataset", "folders", "--config", "configs/small_pictures.yaml", "--gpu", "-1", "--threads", "1"),
@@ -48,18 +49,18 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mapping[str, Tas
 
 
 def test_every_method_waits_for_the_run_of_its_seed(started: Mapping[str, Task]) -> None:
-    assert all(f"seed_{seed}" in started[f"seed_{seed}_{key}"].needs for seed in (1, 3) for key in CANDIDATES)
+    assert all(f"seed_{seed}" in started[f"seed_{seed}_{key}"].needs for seed in (1, 3) for key in USUAL)
 
 
 def test_what_adapts_the_long_trained_student_waits_for_it(started: Mapping[str, Task]) -> None:
-    waiting = {key for key in CANDIDATES if "seed_3_erm" in started[f"seed_3_{key}"].needs}
+    waiting = {key for key in USUAL if "seed_3_erm" in started[f"seed_3_{key}"].needs}
     assert waiting == {key for key, candidate in CANDIDATES.items() if candidate.adapts_erm} != set()
 
 
 def test_other_seeds_wait_for_the_first_one_which_chooses_the_settings(started: Mapping[str, Task]) -> None:
-    assert all(f"seed_3_{key}" in started[f"seed_1_{key}"].needs for key in CANDIDATES)
-    assert not any(f"seed_1_{key}" in started[f"seed_3_{key}"].needs for key in CANDIDATES)
-    assert all(Path(_after(started[f"seed_1_{key}"], "--chosen_by")).name == "seed_3" for key in CANDIDATES)
+    assert all(f"seed_3_{key}" in started[f"seed_1_{key}"].needs for key in USUAL)
+    assert not any(f"seed_1_{key}" in started[f"seed_3_{key}"].needs for key in USUAL)
+    assert all(Path(_after(started[f"seed_1_{key}"], "--chosen_by")).name == "seed_3" for key in USUAL)
 
 
 def _after(task: Task, flag: str) -> str:
@@ -81,7 +82,16 @@ def test_methods_that_cannot_be_compared_are_one_line(names: list[str], told: st
 
 def test_methods_come_in_the_order_of_the_table() -> None:
     assert list(candidates_of(["meta_dmoe", "erm"])) == ["erm", "meta_dmoe"]
-    assert list(candidates_of([])) == list(CANDIDATES)
+    assert list(candidates_of([])) == [key for key in CANDIDATES if key in USUAL]
+
+
+def test_groups_of_methods_have_one_name() -> None:
+    assert list(candidates_of(["objectives"])) == [
+        *("erm", "coral", "irm", "mmd", "dann", "fish", "fishr", "group_dro", "miro", "swad")
+    ]
+    assert set(USUAL) & set(GROUPS["objectives"]) == {"erm", "coral", "irm"}
+    assert list(candidates_of(["objectives", "usual"])) == list(CANDIDATES)
+    assert list(candidates_of(["tent", "objectives"])) == [key for key in CANDIDATES if key in {"tent", *GROUPS["objectives"]}]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """The student's pretraining by each objective of the configuration."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from noise import run_in, steady_run_in
+from told import one_line
 
 from dmoe.artifacts import load_tensors
 from dmoe.config import ObjectiveConfig
 from dmoe.data.base import DomainSplit
-from dmoe.stages import Run, pretrain_student
+from dmoe.errors import UserError
+from dmoe.stages import Run, check, pretrain_student
+from experts.training import train_expert
 
 NAMES = [each.model_fields["name"].default for each in get_args(get_args(ObjectiveConfig)[0])]
 FEW = ["student.training.batch_size=24"]
@@ -60,6 +64,25 @@ def test_without_an_objective_it_is_erm_from_the_same_inputs(tmp_path: Path) -> 
     one, other = weights(ours), weights(plain)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert run_in(tmp_path, *named("mmd")).student_stage.inputs != plain.student_stage.inputs
+
+
+def test_experts_are_trained_by_an_objective_of_theirs(tmp_path: Path) -> None:
+    found = {}
+    for name in ("erm", "group_dro"):
+        run = steady_run_in(tmp_path / name, f"experts.objective.name={name}")
+        train_expert(run, 0)
+        found[name] = load_tensors(run.expert_stage(0).weights)[0]["model.head.weight"]
+    assert not torch.equal(found["erm"], found["group_dro"])
+    plain, named_erm = steady_run_in(tmp_path), steady_run_in(tmp_path, "experts.objective.name=erm")
+    assert named_erm.expert_stage(0).inputs == plain.expert_stage(0).inputs != run.expert_stage(0).inputs
+
+
+def test_expert_of_one_domain_cannot_compare_any_and_that_is_told_at_the_start(tmp_path: Path) -> None:
+    run = replace(run_in(tmp_path, "experts.objective.name=coral"), groups={0: 0, 1: 0, 2: 0, 3: 0, 4: 1})
+    with pytest.raises(UserError, match=r"experts \(number 1\): objective coral: domains: .* there is one only") as error:
+        check(run)
+    assert one_line(error)
+    check(replace(run, config=run_in(tmp_path).config))
 
 
 def _cut_off_after(count: int, finish):  # type: ignore[no-untyped-def]
