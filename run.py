@@ -95,6 +95,7 @@ def compare(options: argparse.Namespace) -> None:
         flags=[*_words(_machine(options)), *options.overrides],
         at_once=options.processes,
         methods=config.compare.methods,
+        chosen_by=options.chosen_by,
     )
     report.main([str(folder)])
 
@@ -160,6 +161,9 @@ def read_options() -> argparse.Namespace:
         "of the images of the others, drawn anew by each seed",
     )
     made.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="S", help="of --compare and --protocol (default: 1)")
+    made.add_argument(
+        "--chosen_by", type=Path, metavar="FILE", help="of --compare: results.jsonl that settings are taken from, to try none anew"
+    )
     made.add_argument("--processes", type=int, default=2, metavar="P", help="of --compare and --protocol, at once (default: 2)")
     made.add_argument("--split", default="target", metavar="SPLIT", help="what --test evaluates on: target, validation, ...")
     made.add_argument(
@@ -177,6 +181,8 @@ def read_options() -> argparse.Namespace:
         raise UserError(f"{several}: it makes whole runs; --test, --dry_run, --load_... and --checkpoint_dir do not go with it")
     if options.processes < 1 or min(options.seeds, default=-1) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"{several or '--compare'}: --processes must be 1 at least, and --seeds whole numbers, each once")
+    if options.chosen_by is not None and not (options.compare and options.chosen_by.is_file()):
+        raise UserError(f"--chosen_by: {options.chosen_by}: it needs --compare, and must be a file of results")
     if options.checkpoint_dir is not None and not (options.test or loads):
         raise UserError("--checkpoint_dir: it needs --test, or one of the --load flags that says what to take from there")
     if options.method is not None:

@@ -20,7 +20,14 @@ RESULTS = "results.jsonl"
 
 
 def compare(
-    folder: Path, seeds: Sequence[int], *, run: Sequence[str], flags: Sequence[str], at_once: int, methods: Sequence[str] = ()
+    folder: Path,
+    seeds: Sequence[int],
+    *,
+    run: Sequence[str],
+    flags: Sequence[str],
+    at_once: int,
+    methods: Sequence[str] = (),
+    chosen_by: Path | None = None,
 ) -> None:
     """Make what is not finished yet: a run a seed, then every method on it.
 
@@ -30,6 +37,7 @@ def compare(
         flags: of the command line that every process is given.
         at_once: processes.
         methods: by their short names or those of groups; none: the usual ones.
+        chosen_by: ``results.jsonl`` of an earlier comparison, which tried settings already; None: the first seed tries them.
 
     Raises:
         UserError: there is no such method, methods that adapt the ERM student go without it, or some of it failed; what is
@@ -42,8 +50,8 @@ def compare(
         for key, candidate in chosen.items():
             needs = [name_of(seed)]
             needs += [f"{name_of(seed)}_erm"] if candidate.adapts_erm else []
-            needs += [f"{name_of(seeds[0])}_{key}"] if seed != seeds[0] else []
-            words = ["--run_dir", str(place), "--method", key, "--chosen_by", str(folder / name_of(seeds[0]))]
+            needs += [f"{name_of(seeds[0])}_{key}"] if chosen_by is None and seed != seeds[0] else []
+            words = ["--run_dir", str(place), "--method", key, "--chosen_by", str(chosen_by or folder / name_of(seeds[0]))]
             tasks[f"{name_of(seed)}_{key}"] = Task(["-m", "dmoe.compare", *words, *flags], needs)
     evidence = ["--run_dir", str(folder / name_of(seeds[0])), "--evidence", str(folder / "evidence.json")]
     tasks["evidence"] = Task(["-m", "dmoe.compare", *evidence, *flags], [name_of(seeds[0])])

@@ -42,15 +42,16 @@ class Choice:
     steps: int
 
 
-def compare_one(run: Run, key: str, *, chosen_by: RunFolder) -> None:
+def compare_one(run: Run, key: str, *, chosen_by: Path) -> None:
     """Try, train and test the method, unless that is finished; leaves ``compare/KEY/rows.jsonl`` in the run folder.
 
     Args:
         key: of :data:`~dmoe.compare.candidates.CANDIDATES`.
-        chosen_by: the run folder of the first seed, which tries settings for all of them.
+        chosen_by: the run folder of the first seed, which tries settings for all of them; or ``results.jsonl`` of an earlier
+            comparison, whose settings and lengths of training are taken.
 
     Raises:
-        UserError: something of the run is missing, or the first seed's choice is.
+        UserError: something of the run is missing, or the choice is.
     """
     candidate = CANDIDATES[key]
     config = run.config.compare
@@ -74,11 +75,11 @@ def compare_one(run: Run, key: str, *, chosen_by: RunFolder) -> None:
     say(f"{stage.name}: {candidate.name}: {len(rows)} results ({stage.folder})")
 
 
-def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by: RunFolder) -> tuple[list[dict[str, Any]], Choice]:
+def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by: Path) -> tuple[list[dict[str, Any]], Choice]:
     trial = Trial(candidate.seen(run), stage)
     already = sum(seconds_of(run, name) for name in candidate.beside)
     rows: list[dict[str, Any]] = []
-    if run.folder.path.resolve() == chosen_by.path.resolve():
+    if run.folder.path.resolve() == chosen_by.resolve():
         choice, trials = choose(trial, candidate, already=already)
         rows += [_row(run, candidate, "trial") | facts for facts in trials]
     else:
@@ -91,7 +92,7 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
         rows.append(
             _row(run, candidate, "test")
             | _test_facts(run, protocol, evaluation)
-            | {"settings": dict(choice.settings), "cost": cost}
+            | {"settings": dict(choice.settings), "steps": choice.steps, "cost": cost}
         )
     return rows, choice
 
@@ -103,8 +104,7 @@ def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choic
         already: CPU seconds of training that the method goes on from.
     """
     run, config = trial.run, trial.run.config.compare
-    student = read_json(run.folder.path / "student" / "manifest.json")["figures"]
-    steps = max(1, round(config.trial_share * budget(run) * student["step"] / student["cpu_seconds"]))
+    steps = _trial_steps(trial, candidate)
     found: list[dict[str, Any]] = []
     paces: list[float] = []
     for number, settings in enumerate(candidate.tried[: config.trials]):
@@ -120,9 +120,25 @@ def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choic
     return Choice(best["settings"], full), found
 
 
-def _choice_of(folder: RunFolder, key: str) -> Choice:
-    """What the first seed chose."""
-    path = folder.stage(f"compare/{key}", {}).manifest
+def _trial_steps(trial: Trial, candidate: Candidate) -> int:
+    """How long a trial is, so that all methods' take about the same CPU time, whatever a step of theirs costs.
+
+    A first, short training tells the pace; it is as many steps as the run's student takes in a quarter of a trial's time.
+    """
+    run = trial.run
+    student = read_json(run.folder.path / "student" / "manifest.json")["figures"]
+    seconds = run.config.compare.trial_share * budget(run)
+    few: int = max(1, round(seconds / 4 * student["step"] / student["cpu_seconds"]))
+    short = replace(trial, name="pace", duration=Duration(few, "steps"))
+    candidate.make(short, candidate.tried[0])
+    return few if short.training_seconds is None else max(1, round(seconds * few / short.training_seconds))
+
+
+def _choice_of(chosen_by: Path, key: str) -> Choice:
+    """What the first seed chose, or an earlier comparison."""
+    if chosen_by.is_file():
+        return _choice_in(chosen_by, key)
+    path = RunFolder(chosen_by).stage(f"compare/{key}", {}).manifest
     if not path.is_file():
         raise UserError(f"{path}: the first seed's settings are not chosen yet: compare it first")
     figures = read_json(path).get("figures", {})
@@ -130,6 +146,18 @@ def _choice_of(folder: RunFolder, key: str) -> Choice:
         return Choice(dict(figures["chosen"]), int(figures["steps"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: damaged (figures): delete {path.parent} to redo it") from None
+
+
+def _choice_in(results: Path, key: str) -> Choice:
+    """What earlier results say; a method that was left out there is left out here."""
+    name = CANDIDATES[key].name
+    try:
+        tested = [row for row in rows_of(results) if row["method"] == name and row["kind"] == "test"]
+        if not tested:
+            raise DoesNotApply(f"{results} has no result of it")
+        return Choice(dict(tested[0]["settings"]), int(tested[0]["steps"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{results}: it does not say which settings and how many steps {key} had: leave out --chosen_by") from None
 
 
 def by_every_protocol(run: Run, method: Method, candidate: Candidate) -> Iterator[tuple[Protocol, Evaluation]]:
@@ -206,7 +234,12 @@ def made_from(run: Run) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """What :func:`compare_one` left."""
-    return [json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines()]
+    return rows_of(folder / ROWS)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Results, one a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _row(run: Run, candidate: Candidate, kind: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class SmallConv(nn.Sequential):
     def __init__(self, *, image_shape: tuple[int, int, int], width: int = 64) -> None:
         layers: list[nn.Module] = []
         channels, height, breadth = image_shape
-        for filters, stride in ((32, 1), (32, 2), (64, 1), (64, 2)):
+        for filters, stride in ((16, 1), (32, 2), (64, 2), (64, 1)):
             layers += [nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
             channels, height, breadth = filters, -(-height // stride), -(-breadth // stride)
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels * height * breadth, width))

@@ -99,7 +99,7 @@ def candidate(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 def test_settings_are_chosen_on_validation_and_tested_on_target(tmp_path: Path, candidate: list[Settings]) -> None:
     run = run_in(tmp_path / "seed_1")
-    compare_one(run, "shifting", chosen_by=run.folder)
+    compare_one(run, "shifting", chosen_by=run.folder.path)
     rows = read_rows(tmp_path / "seed_1" / "compare" / "shifting")
     trials, tests = ([row for row in rows if row["kind"] == kind] for kind in ("trial", "test"))
     assert [(row["settings"], row["split"], row["score"]) for row in trials] == [
@@ -121,15 +121,15 @@ def test_settings_are_chosen_on_validation_and_tested_on_target(tmp_path: Path, 
 
 def test_no_more_are_tried_than_the_configuration_allows(tmp_path: Path, candidate: list[Settings]) -> None:
     run = run_in(tmp_path / "seed_1", "compare.trials=1")
-    compare_one(run, "shifting", chosen_by=run.folder)
-    assert [one["shift"] for one in candidate] == [1, 1]
+    compare_one(run, "shifting", chosen_by=run.folder.path)
+    assert [(one["shift"], one["name"]) for one in candidate] == [(1, "pace"), (1, "trial_0"), (1, "full")]
 
 
 def test_other_seeds_take_over_what_the_first_one_chose(tmp_path: Path, candidate: list[Settings]) -> None:
     first, second = run_in(tmp_path / "seed_1"), run_in(tmp_path / "seed_2", seed=2)
-    compare_one(first, "shifting", chosen_by=first.folder)
+    compare_one(first, "shifting", chosen_by=first.folder.path)
     candidate.clear()
-    compare_one(second, "shifting", chosen_by=first.folder)
+    compare_one(second, "shifting", chosen_by=first.folder.path)
     assert candidate == [{"shift": 0, "name": "full"}]
     assert {row["kind"] for row in read_rows(tmp_path / "seed_2" / "compare" / "shifting")} == {"test"}
 
@@ -137,15 +137,42 @@ def test_other_seeds_take_over_what_the_first_one_chose(tmp_path: Path, candidat
 def test_another_seed_without_the_first_ones_choice_is_one_line(tmp_path: Path, candidate: list[Settings]) -> None:
     first, second = run_in(tmp_path / "seed_1"), run_in(tmp_path / "seed_2", seed=2)
     with pytest.raises(UserError, match="settings are not chosen yet") as error:
-        compare_one(second, "shifting", chosen_by=first.folder)
+        compare_one(second, "shifting", chosen_by=first.folder.path)
+    assert one_line(error)
+
+
+def test_settings_are_taken_from_earlier_results(tmp_path: Path, candidate: list[Settings]) -> None:
+    first, second = run_in(tmp_path / "seed_1"), run_in(tmp_path / "seed_2", seed=2)
+    compare_one(first, "shifting", chosen_by=first.folder.path)
+    write_results(tmp_path, [1])
+    candidate.clear()
+    compare_one(second, "shifting", chosen_by=tmp_path / "results.jsonl")
+    assert candidate == [{"shift": 0, "name": "full"}]
+
+
+def test_a_method_without_earlier_results_is_left_out(
+    tmp_path: Path, candidate: list[Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, results = run_in(tmp_path / "seed_1"), tmp_path / "results.jsonl"
+    results.write_text(json.dumps({"method": "another", "kind": "test"}) + "\n")
+    compare_one(run, "shifting", chosen_by=results)
+    assert not candidate and "has no result of it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["{", '{"method": "shifting", "kind": "test"}', "[]"])
+def test_results_that_choose_nothing_are_one_line(tmp_path: Path, candidate: list[Settings], line: str) -> None:
+    run, results = run_in(tmp_path / "seed_1"), tmp_path / "results.jsonl"
+    results.write_text(line + "\n")
+    with pytest.raises(UserError, match="leave out --chosen_by") as error:
+        compare_one(run, "shifting", chosen_by=results)
     assert one_line(error)
 
 
 def test_what_is_finished_is_not_done_again(tmp_path: Path, candidate: list[Settings]) -> None:
     run = run_in(tmp_path / "seed_1")
-    compare_one(run, "shifting", chosen_by=run.folder)
+    compare_one(run, "shifting", chosen_by=run.folder.path)
     candidate.clear()
-    compare_one(run, "shifting", chosen_by=run.folder)
+    compare_one(run, "shifting", chosen_by=run.folder.path)
     assert candidate == []
 
 
@@ -157,7 +184,7 @@ def test_a_method_that_does_not_apply_is_left_out(
 
     monkeypatch.setitem(cast(dict[str, Candidate], CANDIDATES), "none", Candidate("none", "", make))
     run = run_in(tmp_path / "seed_1")
-    compare_one(run, "none", chosen_by=run.folder)
+    compare_one(run, "none", chosen_by=run.folder.path)
     assert read_rows(tmp_path / "seed_1" / "compare" / "none") == []
     assert "left out: none for this task" in capsys.readouterr().out
 
@@ -178,9 +205,9 @@ def test_a_training_may_take_as_long_as_all_stages_together_less_what_it_goes_on
     made = Candidate("trained", "", make, [{"a": 0}, {"a": 1}], beside=["student"])
     monkeypatch.setitem(cast(dict[str, Candidate], CANDIDATES), "trained", made)
     run = run_in(tmp_path / "seed_1", "compare.trial_share=0.1")
-    compare_one(run, "trained", chosen_by=run.folder)
-    # 100 CPU seconds in all; a tenth of it is 100 steps of the student, who took 0.1 seconds for each.
-    assert steps == [100, 100, round((100 - 15) / 0.5)]
+    compare_one(run, "trained", chosen_by=run.folder.path)
+    # 100 CPU seconds in all; a quarter of a tenth of it is 25 steps of the student, who took 0.1 seconds for each.
+    assert steps == [25, 20, 20, round((100 - 15) / 0.5)]
     (cost,) = {
         row["cost"]["training_cpu_seconds"] for row in read_rows(run.folder.path / "compare" / "trained") if row["kind"] == "test"
     }
@@ -222,7 +249,7 @@ def test_what_treats_each_image_by_itself_predicts_once(tmp_path: Path) -> None:
 def test_results_of_all_seeds_are_in_the_order_of_methods_and_seeds(tmp_path: Path, candidate: list[Settings]) -> None:
     for seed in (1, 2):
         run = run_in(tmp_path / f"seed_{seed}", seed=seed)
-        compare_one(run, "shifting", chosen_by=RunFolder(tmp_path / "seed_1"))
+        compare_one(run, "shifting", chosen_by=tmp_path / "seed_1")
     write_results(tmp_path, [2, 1])
     rows: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == sorted(row["seed"] for row in rows)
