@@ -161,10 +161,10 @@ def read_options() -> argparse.Namespace:
         "of the images of the others, drawn anew by each seed",
     )
     made.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="S", help="of --compare and --protocol (default: 1)")
-    made.add_argument("--processes", type=int, default=2, metavar="P", help="of --compare and --protocol, at once (default: 2)")
     made.add_argument(
         "--chosen_by", type=Path, metavar="FILE", help="of --compare: results.jsonl that settings are taken from, to try none anew"
     )
+    made.add_argument("--processes", type=int, default=2, metavar="P", help="of --compare and --protocol, at once (default: 2)")
     made.add_argument("--split", default="target", metavar="SPLIT", help="what --test evaluates on: target, validation, ...")
     made.add_argument(
         "--checkpoint_dir",

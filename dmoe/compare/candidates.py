@@ -55,8 +55,8 @@ OURS = ("experts", "tokens", "aggregator", "student", "meta")
 LOOKS = 4
 """At the validation domains, in a whole training."""
 
-LOOKS_OF_SWAD = 20
-"""In any training: it finds its window by them. The paper: one every 50 to 500 of 5,000 steps."""
+SWAD_LOOKS = Duration(100, "steps")
+"""Between its looks, in trials too, so that these tell its pace. The paper: 50 to 500 of 5,000 steps."""
 
 FISHER_IMAGES = 2000
 """Source images of EATA, as published."""
@@ -78,17 +78,16 @@ class Trial:
     name: str = ""
     duration: Duration = NO_STEPS
 
-    def training(self, settings: Settings, *, looks: int | None = None) -> TrainingConfig:
-        """As the student's own, but for its length and what the settings say of its optimizer.
+    def training(self, settings: Settings, *, evaluate_every: Duration | None = None) -> TrainingConfig:
+        """As the student's own, but for its length, what the settings say of its optimizer, and looks at the validation domains.
 
         Args:
-            looks: at the validation domains; None: as usual.
+            evaluate_every: None: as usual.
         """
         own, steps = self.run.config.student.training, self.duration.steps(1)
         optimizer = own.optimizer.model_copy(update={key: settings[key] for key in OF_THE_OPTIMIZER if key in settings})
         # A trial, by whose pace the length of the whole training is reckoned, has no time for more than one look at validation.
-        looks = looks or (LOOKS if self.name == FULL else 1)
-        every = Duration(max(1, -(-steps // looks)), "steps")
+        every = evaluate_every or Duration(max(1, -(-steps // LOOKS) if self.name == FULL else steps), "steps")
         return own.model_copy(update={"duration": self.duration, "evaluate_every": every, "optimizer": optimizer})
 
     def place(self, settings: Settings) -> Stage:
@@ -161,7 +160,7 @@ def _objective(name: str) -> Callable[[Trial, Settings], Method]:
             raise DoesNotApply("MIRO: the student begins with random weights, and has no pretrained ones to stay near to")
         own = {key: value for key, value in settings.items() if key not in (*OF_THE_OPTIMIZER, *IN_STEPS)}
         own |= {field: round(settings[key] * trial.duration.steps(1)) for key, field in IN_STEPS.items() if key in settings}
-        how = trial.training(settings, looks=LOOKS_OF_SWAD if name == "swad" else None)
+        how = trial.training(settings, evaluate_every=SWAD_LOOKS if name == "swad" else None)
         return training.train_plainly(trial.run, trial.place(settings), training=how, objective=objective_of(name, own))
 
     return make

@@ -111,7 +111,7 @@ def test_settings_of_objectives_are_what_they_are_trained_by(tmp_path: Path, key
             else:
                 assert getattr(objective, name) == value
         assert training.duration == trial.duration
-        assert training.evaluate_every == Duration(10 if key == "swad" else 50, "steps")
+        assert training.evaluate_every == Duration(100 if key == "swad" else 50, "steps")
 
 
 def test_first_settings_are_the_published_ones() -> None:
