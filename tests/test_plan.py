@@ -226,8 +226,8 @@ def test_plan_is_one_screen_that_names_what_counts(tmp_path: Path, capsys: pytes
     assert lines[0].endswith(str(tmp_path / "run"))
     for split, images, domains in (("source", 100, 5), ("validation", 30, 3), ("target", 50, 5)):
         assert [split, str(images), "images", str(domains), "domains"] in [line.split() for line in lines]
-    convolutions = 9 * (1 * 32 + 32 * 32 + 32 * 64 + 64 * 64)
-    norms = 2 * (32 + 32 + 64 + 64)
+    convolutions = 9 * (1 * 16 + 16 * 32 + 32 * 64 + 64 * 64)
+    norms = 2 * (16 + 32 + 64 + 64)
     network = convolutions + norms + 64 * 64 + 64 + 64 * 3 + 3
     assert f"2 experts small_conv, {network / 1e6:.2f} M parameters each" in text
     aggregator = build_aggregator(run.config.aggregator, width=64, num_outputs=3)

@@ -77,10 +77,7 @@ def make_sparse(network: nn.Module, settings: SparseSettings, *, clustered: bool
     for number in numbers:
         dense = _dense(blocks[number])
         dense.replace(_sparse(dense, settings, clustered=clustered))
-    for number, block in enumerate(blocks):
-        if settings.drop_path and hasattr(block, "drop_path1"):
-            rate = settings.drop_path * number / max(1, len(blocks) - 1)
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    set_drop_path(blocks, settings.drop_path)
     if isinstance(network, nn.TransformerEncoder):
         network.use_nested_tensor = False  # as in its layers
     return network
@@ -132,6 +129,14 @@ def _perceptron() -> Any:
     from timm.layers import Mlp
 
     return Mlp
+
+
+def set_drop_path(blocks: Sequence[nn.Module], last: float) -> None:
+    """Give blocks of timm drop paths whose rates rise linearly from 0 to ``last``; 0 leaves them alone."""
+    for number, block in enumerate(blocks):
+        if last and hasattr(block, "drop_path1"):
+            rate = last * number / max(1, len(blocks) - 1)
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
 
 
 def _sparse(dense: _Dense, settings: SparseSettings, *, clustered: bool) -> SparseFFN:

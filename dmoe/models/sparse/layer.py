@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.models.sparse.routing import Routing, Weighting, as_fine, balance_loss, route
@@ -136,7 +135,11 @@ class SparseFFN(nn.Module):
         return torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
 
     def _dropped(self, hidden: Tensor) -> Tensor:
-        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
+        if not (self.training and self.dropout):
+            return hidden
+        # A byte a unit is remembered; torch's own dropout remembers a float on a CPU.
+        dropped = torch.empty_like(hidden, dtype=torch.bool).bernoulli_(self.dropout)
+        return hidden.masked_fill(dropped, 0) * (1 / (1 - self.dropout))
 
     def extra_repr(self) -> str:
         experts, width, hidden = self.w1.shape

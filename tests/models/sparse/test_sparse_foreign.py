@@ -78,7 +78,7 @@ def test_an_experts_weights_in_tutels_layout_are_those_of_its_linear_layers(tmp_
     save_file(tensors, tmp_path / "gmoe.safetensors")
     layer = sparse_layers(network(str(tmp_path / "gmoe.safetensors"), sparse=GMOE))["blocks.0.mlp"]
     x = torch.randn(5, 64)
-    said = layer._ffn(x, layer.w1[4], layer.b1[4], layer.w2[4], layer.b2[4])
+    said = layer.act(x @ layer.w1[4] + layer.b1[4]) @ layer.w2[4] + layer.b2[4]
     torch.testing.assert_close(said, dense[1](torch.nn.functional.gelu(dense[0](x))))
 
 
