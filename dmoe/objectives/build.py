@@ -1,6 +1,6 @@
 """Objectives by the name that the configuration gives them."""
 
-from dmoe import config as settings
+from dmoe.config import objectives as settings
 from dmoe.models.networks import Network
 from dmoe.objectives.base import Objective
 from dmoe.objectives.coral import CORAL

@@ -71,7 +71,7 @@ class CosineRouter(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``[T, d]`` to logits ``[T, E]``."""
         projected = F.linear(tokens, as_fine(self.projection.weight), as_fine(self.projection.bias))
-        length = torch.linalg.vector_norm(projected, dim=1, keepdim=True).clamp_min(1e-12)
+        length: Tensor = torch.linalg.vector_norm(projected, dim=1, keepdim=True).clamp_min(1e-12)
         cosines = (projected @ F.normalize(as_fine(self.codes), dim=0)) / length  # only [T, E] is divided, and remembered
         return cosines * as_fine(self.log_scale).clamp(max=self.LARGEST).exp()
 
