@@ -79,13 +79,17 @@ class Trial:
     duration: Duration = NO_STEPS
 
     def training(self, settings: Settings, *, evaluate_every: Duration | None = None) -> TrainingConfig:
-        """As the student's own, but for its length, what the settings say of its optimizer, and looks at the validation domains.
+        """As the student's own, shorter or longer as a whole, but for what the settings say of its optimizer, and for looks at the
+        validation domains.
 
         Args:
             evaluate_every: None: as usual.
         """
         own, steps = self.run.config.student.training, self.duration.steps(1)
-        optimizer = own.optimizer.model_copy(update={key: settings[key] for key in OF_THE_OPTIMIZER if key in settings})
+        per_epoch = max(1, len(self.run.source) // own.batch_size)
+        warmup = own.optimizer.warmup.steps(per_epoch) / max(1, own.duration.steps(per_epoch))  # of the whole
+        changes = {key: settings[key] for key in OF_THE_OPTIMIZER if key in settings}
+        optimizer = own.optimizer.model_copy(update={**changes, "warmup": Duration(round(warmup * steps), "steps")})
         # A trial, by whose pace the length of the whole training is reckoned, has no time for more than one look at validation.
         every = evaluate_every or Duration(max(1, -(-steps // LOOKS) if self.name == FULL else steps), "steps")
         return own.model_copy(update={"duration": self.duration, "evaluate_every": every, "optimizer": optimizer})

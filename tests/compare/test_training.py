@@ -114,6 +114,15 @@ def test_settings_of_objectives_are_what_they_are_trained_by(tmp_path: Path, key
         assert training.evaluate_every == Duration(100 if key == "swad" else 50, "steps")
 
 
+@pytest.mark.parametrize(("name", "steps"), [("trial_0", 50), (FULL, 400)])
+def test_a_training_is_the_students_own_shorter_or_longer_as_a_whole(tmp_path: Path, name: str, steps: int) -> None:
+    run = run_in(tmp_path, "student.training.duration=200 steps", "student.training.optimizer.warmup=20 steps")
+    trial = Trial(run, run.folder.stage("erm", {}), name=name, duration=Duration(steps, "steps"))
+    made = trial.training({"lr": 0.5})
+    assert (str(made.duration), str(made.optimizer.warmup)) == (f"{steps} steps", f"{steps // 10} steps")
+    assert made.optimizer.lr == 0.5 and made.optimizer.schedule == run.config.student.training.optimizer.schedule
+
+
 def test_first_settings_are_the_published_ones() -> None:
     """Defaults of DomainBed's registry, and of the papers of MIRO and SWAD."""
     first = {key: CANDIDATES[key].tried[0] for key in OBJECTIVES}
