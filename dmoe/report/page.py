@@ -1,8 +1,7 @@
 """One self-contained page about a comparison or a run: no network, no scripts; what is missing is said in a sentence."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,7 +24,9 @@ from dmoe.report.comparison import (
     unit_of,
 )
 from dmoe.report.files import name_of
+from dmoe.report.parts import Chart, Section, Table
 from dmoe.report.rows import read_results
+from dmoe.report.selection_page import selection_section
 from dmoe.report.shown import Attention, Curve, Evidence, Example, config_text, curves_of, read_evidence, run_folders
 from dmoe.report.statistics import WHAT_THE_INTERVAL_IS
 
@@ -56,54 +57,6 @@ WHAT_ERM_IS = {
 NOTES = {ORACLE: "a bound, not a rival: it is told what the others must find out"}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text in cells; the first column names the rows.
-
-    Attributes:
-        under: of each column, a second, smaller line under its name.
-        notes: the same of a row, by its name.
-        strong: names of rows that stand out.
-        source: where the numbers come from, where they are not ours.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    under: Sequence[str] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
-    strong: Sequence[str] = ()
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure with the names of its series."""
-
-    picture: Markup
-    legend: Sequence[tuple[Markup, str]] = ()
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; with neither figure nor table, ``text`` says what is missing.
-
-    Attributes:
-        folded: tables behind a line that opens them, by that line.
-        examples: by domain.
-        raw: text to be shown as it is, by what it is.
-    """
-
-    name: str
-    title: str
-    text: Sequence[str]
-    charts: Sequence[Chart] = ()
-    tables: Sequence[tuple[str, Table]] = ()
-    folded: Sequence[tuple[str, Table]] = ()
-    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    raw: Mapping[str, str] = field(default_factory=dict)
-
-
 def build(folder: Path) -> str:
     """The page of a folder, as HTML.
 
@@ -120,6 +73,7 @@ def build(folder: Path) -> str:
         domains_section(comparison, unit),
         *([ablations_section(comparison, unit)] if comparison.results.ablations else []),
         attention_section(evidence.attention),
+        *([selection_section(evidence.selection)] if evidence.selection else []),
         examples_section(evidence, comparison),
         curves_section({**(evidence.curves or {}), **curves_of(run)}, unit),
         trials_section(comparison, unit),
