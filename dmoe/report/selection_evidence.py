@@ -53,14 +53,15 @@ def gather_selection(
     for name, images_of in splits.items():
         counts, labels = _Counts(layers), []
         domains = spread_out(list(images_of.members), DOMAINS_LOOKED_AT)
-        for number, domain in enumerate(domains):
+        drawn = spread_out(domains, MOST_PICTURES) if name == split and grid is not None else []
+        for domain in domains:
             index = _some_of(images_of, domain)
             images = images_of.images(index)
             chosen = chosen_experts(features, images, batch_size=batch_size)
             counts.add(chosen)
             labels.append(images_of.labels[index])
-            if name == split and grid is not None:
-                wanted = len(range(number, MOST_PICTURES, len(domains)))
+            if domain in drawn:
+                wanted = len(range(drawn.index(domain), MOST_PICTURES, len(drawn)))
                 pictures += [_picture(dataset, images_of, index, images, chosen, one) for one in range(len(index))[:wanted]]
         classes = None if dataset.task.kind == "regression" else labels
         for layer in layers:

@@ -90,7 +90,7 @@ def _numbers(layers: Sequence[Layer]) -> Table:
     for layer in layers:
         of = [layer.splits[name].agreement if name in layer.splits else None for name in splits]
         one = layer.splits[_last(layer)]
-        numbers = [_two(value) for value in (*of, one.with_source, one.by_domain, one.by_class)]
+        numbers = [_number(value, 2) for value in (*of, one.with_source)] + [_number(v, 3) for v in (one.by_domain, one.by_class)]
         rows.append([_name(layer), f"{layer.top_k} of {layer.experts}", *numbers])
     return Table(head, rows, ["", "for a patch", *["0 to 1"] * (len(head) - 2)])
 
@@ -117,5 +117,5 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f}"
 
 
-def _two(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from fake_comparison import plain_rows, png, write_rows
-from noise import run_in, steady_run_in
+from noise import run_in, steady_run_in, train
 from pages import Element, read, section, table
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
+import dmoe
+from dmoe import testing
 from dmoe.alone import train_alone
 from dmoe.data.base import DomainDataset
 from dmoe.data.transforms import ImageTransform
 from dmoe.errors import UserError
+from dmoe.model import describe
 from dmoe.models.networks import build_network
 from dmoe.models.sparse import SparseSettings, routings, sparse_layers
 from dmoe.report import svg
@@ -308,6 +311,15 @@ def test_names_from_evidence_stay_text(tmp_path: Path) -> None:
     assert "<script" not in build(tmp_path)
 
 
+def test_of_a_whole_run_it_is_the_student_before_adapting(tmp_path: Path) -> None:
+    run = steady_run_in(tmp_path, BACKBONE)
+    train(run)
+    describe(run.folder, run.dataset)
+    features = dmoe.load(tmp_path).student.features
+    name, size = "The student, before adapting,", run.config.evaluation.batch_size
+    assert gather(run)["selection"] == gather_selection(features, run.dataset, network=name, batch_size=size)
+
+
 def test_a_network_trained_alone_has_evidence_and_its_page(tmp_path: Path) -> None:
     run = replace(steady_run_in(tmp_path, "method=erm", BACKBONE), groups={})
     run.folder.claim(run.config)
@@ -315,7 +327,7 @@ def test_a_network_trained_alone_has_evidence_and_its_page(tmp_path: Path) -> No
     found = gather(run)
     assert (found["attention"], found["examples"]) == (None, [])
     assert "student" in found["curves"]
-    write_rows(tmp_path, plain_rows())
+    testing.test(run)
     (tmp_path / "evidence.json").write_text(json.dumps(found))
     part = section(read(build(tmp_path)), "selection")
     assert part.text.count("The network has layers of several experts") == 1
