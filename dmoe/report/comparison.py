@@ -108,6 +108,12 @@ class Comparison:
     def domains(self) -> list[str]:
         return list(dict.fromkeys(domain for row in self._at(self.main) for domain in row.domains))
 
+    @cached_property
+    def is_alone(self) -> bool:
+        """Whether all of it is of one network trained alone (``method: erm``), which does not adapt."""
+        configs = [row.facts.get("config") for row in self.results.tests]
+        return all(isinstance(config, Mapping) and config.get("method") == "erm" for config in configs)
+
     @property
     def baseline(self) -> str | None:
         return self._named(BASELINE)
@@ -333,6 +339,8 @@ def headline(comparison: Comparison) -> list[str]:
     )
     if line is None or line.mean is None:
         best = comparison.lines[0]
+        if comparison.is_alone:
+            return [f"A network trained alone ({best.name}) reaches {_with_unit(unit, best.mean)} on {where}, unadapted."]
         return [f"{best.name} is best on {where}: {_with_unit(unit, best.mean)}."]
     unseen = where.replace("domain", f"{comparison.results.tests[0].split} domain", 1)
     said = [f"{'The adapted student' if ours == 'adapted' else ours} reaches {_with_unit(unit, line.mean)} on {unseen}."]

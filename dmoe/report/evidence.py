@@ -1,21 +1,20 @@
-"""What a page shows of a finished run beside numbers: attention of the aggregator, images with predictions, training curves."""
+"""What a page shows of a finished run beside numbers: attention of the aggregator, images with predictions, training
+curves, what experts inside the student are chosen for."""
 
-import base64
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dmoe.adaptation import Adapter
 from dmoe.data.base import DomainSplit
-from dmoe.data.transforms import ImageTransform
 from dmoe.model import load_as
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.student import Student
-from dmoe.report.shown import LARGEST_EDGE, MOST_EXAMPLES, curves_of
+from dmoe.report.pictures import png_of, spread_out
+from dmoe.report.selection_evidence import gather_selection
+from dmoe.report.shown import MOST_EXAMPLES, curves_of
 from dmoe.stages import Run
 from dmoe.testing import plain_student
 
@@ -35,8 +34,22 @@ def gather(run: Run, *, split: str = "target") -> dict[str, Any]:
     Raises:
         UserError: something of the run is missing or damaged.
     """
-    adapter = load_as(run.folder, run.config, device=run.device)
-    adapter.ranges = None  # nothing to warn of: nobody acts on these predictions
+    curves = {stage: [list(point) for point in curve] for stage, curve in curves_of(run.folder.path).items()}
+    if run.config.trains_one:
+        alone, name = plain_student(run), "The network"
+        looks: dict[str, Any] = {"attention": None, "examples": []}
+    else:
+        adapter = load_as(run.folder, run.config, device=run.device)
+        adapter.ranges = None  # nothing to warn of: nobody acts on these predictions
+        alone, name = adapter.student, "The student, before adapting,"
+        looks = _of_adapting(run, adapter, split)
+    size = run.config.evaluation.batch_size
+    selection = gather_selection(alone.features, run.dataset, network=name, split=split, batch_size=size)
+    return {**looks, "curves": curves, "selection": selection}
+
+
+def _of_adapting(run: Run, adapter: Adapter, split: str) -> dict[str, Any]:
+    """Attention and examples."""
     plain = plain_student(run)
     attention, examples = [], []
     domains = run.dataset.splits[split]
@@ -59,7 +72,6 @@ def gather(run: Run, *, split: str = "target") -> dict[str, Any]:
         if attention
         else None,
         "examples": examples,
-        "curves": {stage: [list(point) for point in curve] for stage, curve in curves_of(run.folder.path).items()},
     }
 
 
@@ -92,35 +104,6 @@ def chosen(changed: Tensor, count: int) -> list[int]:
     first, same = changed.nonzero().flatten().tolist(), (~changed).nonzero().flatten().tolist()
     of_changed = min(len(first), max(count // 2, count - len(same)))
     return sorted(first[:of_changed] + same[: count - of_changed])
-
-
-def spread_out(things: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` of them, evenly from the first to the last."""
-    if len(things) <= count:
-        return list(things)
-    return [things[round(place * (len(things) - 1) / (count - 1))] for place in range(count)]
-
-
-def png_of(image: Tensor, transform: ImageTransform) -> str:
-    """A standardised image ``[C, H, W]`` as a small PNG in base64: standardising undone, or where it was by image or of bands,
-    from its darkest to its brightest value; of more than three bands the first.
-    """
-    pixels = image.detach().cpu().float()
-    if transform.takes_bands:
-        pixels = pixels[:1]
-    if transform.takes_bands or transform.per_image:
-        low, high = pixels.min(), pixels.max()
-        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
-    else:
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (transform.mean, transform.std))
-        pixels = pixels * std + mean
-    grid = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid)
-    if max(picture.size) > LARGEST_EDGE:
-        picture.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def _examples(

@@ -1,8 +1,7 @@
 """One self-contained page about a comparison or a run: no network, no scripts; what is missing is said in a sentence."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,7 +24,9 @@ from dmoe.report.comparison import (
     unit_of,
 )
 from dmoe.report.files import name_of
+from dmoe.report.parts import Chart, Section, Table
 from dmoe.report.rows import read_results
+from dmoe.report.selection_page import selection_section
 from dmoe.report.shown import Attention, Curve, Evidence, Example, config_text, curves_of, read_evidence, run_folders
 from dmoe.report.statistics import WHAT_THE_INTERVAL_IS
 
@@ -53,55 +54,9 @@ WHAT_ERM_IS = {
     "adapted one. A comparison has an ERM of equal cost.",
 }
 
+UNADAPTED = "One network, trained alone on all source domains and tested as it is: it does not adapt."
+
 NOTES = {ORACLE: "a bound, not a rival: it is told what the others must find out"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in cells; the first column names the rows.
-
-    Attributes:
-        under: of each column, a second, smaller line under its name.
-        notes: the same of a row, by its name.
-        strong: names of rows that stand out.
-        source: where the numbers come from, where they are not ours.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    under: Sequence[str] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
-    strong: Sequence[str] = ()
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure with the names of its series."""
-
-    picture: Markup
-    legend: Sequence[tuple[Markup, str]] = ()
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; with neither figure nor table, ``text`` says what is missing.
-
-    Attributes:
-        folded: tables behind a line that opens them, by that line.
-        examples: by domain.
-        raw: text to be shown as it is, by what it is.
-    """
-
-    name: str
-    title: str
-    text: Sequence[str]
-    charts: Sequence[Chart] = ()
-    tables: Sequence[tuple[str, Table]] = ()
-    folded: Sequence[tuple[str, Table]] = ()
-    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    raw: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(folder: Path) -> str:
@@ -113,14 +68,15 @@ def build(folder: Path) -> str:
     comparison = Comparison(read_results(folder / "results.jsonl"))
     evidence, run = read_evidence(folder / "evidence.json"), run_folders(folder)[0]
     unit, dataset = unit_of(comparison.results), comparison.results.dataset
+    adapts = not comparison.is_alone
     sections = [
         methods_section(comparison, unit),
-        support_section(comparison, unit),
-        protocols_section(comparison, unit),
+        *([support_section(comparison, unit), protocols_section(comparison, unit)] if adapts else []),
         domains_section(comparison, unit),
         *([ablations_section(comparison, unit)] if comparison.results.ablations else []),
-        attention_section(evidence.attention),
-        examples_section(evidence, comparison),
+        *([attention_section(evidence.attention)] if adapts else []),
+        *([selection_section(evidence.selection)] if evidence.selection else []),
+        *([examples_section(evidence, comparison)] if adapts else []),
         curves_section({**(evidence.curves or {}), **curves_of(run)}, unit),
         trials_section(comparison, unit),
         published_section(dataset),
@@ -131,7 +87,7 @@ def build(folder: Path) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # our own file
-    title = f"{'Meta-DMoE' if comparison.ours else 'Methods'} on {dataset}"
+    title = f"{'Meta-DMoE' if comparison.ours else 'Methods' if adapts else comparison.methods[0]} on {dataset}"
     return environment.get_template("page.html").render(title=title, said=headline(comparison), sections=sections, style=style)
 
 
@@ -150,7 +106,8 @@ def methods_section(comparison: Comparison, unit: Unit) -> Section:
     notes = {line.name: NOTES.get(line.name, line.paper) for line in lines}
     table = Table([*head, *(COSTS[name][0] for name in costs)], rows, under, notes, _strong(comparison))
     seeds = f"Mean ± standard deviation over {counted(len(comparison.seeds), 'seed')}" if len(comparison.seeds) > 1 else "One seed"
-    text = [f"{seeds}; best first. {protocol_text(comparison.main).capitalize()}."]
+    how = UNADAPTED if comparison.is_alone else f"{protocol_text(comparison.main).capitalize()}."
+    text = [f"{seeds}; best first. {how}"]
     text += [] if costs else ["What the methods cost was not measured here."]
     return Section("methods", "All methods", text, tables=[("All methods", table)])
 
@@ -338,10 +295,10 @@ def notes_section(comparison: Comparison) -> Section:
     tried = {one.method: len(one.scores) for one in comparison.trials()}
     choices = ", ".join(f"{method} {count}" for method, count in tried.items())
     text = [
-        f"Protocol of the tables unless they say otherwise: {describe(comparison.main)}.",
+        UNADAPTED if comparison.is_alone else f"Protocol of the tables unless they say otherwise: {describe(comparison.main)}.",
         f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) on {counted(len(comparison.domains), 'domain')} of the "
         f"split “{results.tests[0].split}”. All seeds share the data and the domains; a seed changes weights and batches.",
-        *([WHAT_ERM_IS[comparison.baseline]] if comparison.baseline else []),
+        *([WHAT_ERM_IS[comparison.baseline]] if comparison.baseline and not comparison.is_alone else []),
         WHAT_THE_INTERVAL_IS,
         "Intervals are of one comparison each; where many methods are compared, some will lie outside by chance. “The best other "
         "method” is picked by the numbers shown here, which flatters it a little.",

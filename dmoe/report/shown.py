@@ -1,27 +1,20 @@
 """What a page shows beside numbers: ``evidence.json``, and what lies in run folders. It is checked before it is shown."""
 
-import base64
-import binascii
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmoe.errors import UserError
+from dmoe.report.checked import small_png, sure
 from dmoe.report.files import name_of, object_in, text_of
 from dmoe.report.rows import number_of
+from dmoe.report.selection import Selection, selection_from
 
 MOST_EXAMPLES = 48
 MOST_CELLS = 40_000
-LARGEST_EDGE = 96
-LARGEST_IMAGE = 40_000
-"""Characters of an image in base64; 96 x 96 pixels in RGB are about 37,000 where they are noise."""
-
 MOST_STAGES = 64
 MOST_POINTS = 2_000
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 Curve = Sequence[tuple[float, float]]
 """(steps done, validation score)."""
@@ -64,6 +57,7 @@ class Evidence:
     attention: Attention | None = None
     examples: Sequence[Example] = ()
     curves: Mapping[str, Curve] | None = None
+    selection: Selection | None = None
 
 
 def read_evidence(path: Path) -> Evidence:
@@ -83,9 +77,10 @@ def read_evidence(path: Path) -> Evidence:
         curves = {name_of(stage): _curve(points) for stage, points in (facts.get("curves") or {}).items()}
         if len(curves) > MOST_STAGES:
             raise ValueError(f"curves of {len(curves)} stages, expected {MOST_STAGES} at most")
+        selection = selection_from(facts["selection"]) if facts.get("selection") else None
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): delete it; the page can do without") from None
-    return Evidence(attention, examples, curves or None)
+    return Evidence(attention, examples, curves or None, selection)
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -123,7 +118,7 @@ def _attention(facts: Mapping[str, Any]) -> Attention:
     experts, domains = [name_of(one) for one in facts["experts"]], [name_of(one) for one in facts["domains"]]
     if not experts or not domains or len(experts) * len(domains) > MOST_CELLS:
         raise ValueError(f"attention of {len(domains)} domains to {len(experts)} experts")
-    weights = [[_sure(value) for value in row] for row in facts["weights"]]
+    weights = [[sure(value) for value in row] for row in facts["weights"]]
     if len(weights) != len(domains) or any(len(row) != len(experts) for row in weights):
         raise ValueError("attention weights are not [domains, experts]")
     return Attention(experts, domains, weights)
@@ -132,48 +127,14 @@ def _attention(facts: Mapping[str, Any]) -> Attention:
 def _example(facts: Mapping[str, Any]) -> Example:
     return Example(
         domain=name_of(facts["domain"]),
-        image=_small_png(facts["image"]),
+        image=small_png(facts["image"]),
         truth=name_of(facts["truth"]),
         before=name_of(facts["before"]),
         after=name_of(facts["after"]),
     )
 
 
-def _small_png(text: Any) -> str:
-    """The text, where it is a whole PNG of a small size in base64.
-
-    Raises:
-        TypeError, ValueError: it is not.
-    """
-    if not isinstance(text, str):
-        raise TypeError("an image is no text")
-    if len(text) > LARGEST_IMAGE:
-        raise ValueError(f"an image of {len(text)} characters, expected {LARGEST_IMAGE} at most")
-    try:
-        content = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"an image is no base64: {error}") from None
-    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    if not content.startswith(PNG) or content[12:16] != b"IHDR" or not (0 < width <= LARGEST_EDGE and 0 < height <= LARGEST_EDGE):
-        raise ValueError(f"an image is no PNG of {LARGEST_EDGE} x {LARGEST_EDGE} pixels at most")
-    from PIL import Image
-
-    try:
-        Image.open(io.BytesIO(content), formats=("PNG",)).verify()  # sums; loading minds only what it needs
-        Image.open(io.BytesIO(content), formats=("PNG",)).load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"an image is damaged: {error}") from None
-    return text
-
-
 def _curve(points: Sequence[Sequence[Any]]) -> Curve:
     if len(points) > MOST_POINTS:
         raise ValueError(f"a curve of {len(points)} points, expected {MOST_POINTS} at most")
-    return [(_sure(step), known) for step, score in points if (known := number_of(score)) is not None]
-
-
-def _sure(value: Any) -> float:
-    number = number_of(value)
-    if number is None:
-        raise TypeError("null is no number")
-    return number
+    return [(sure(step), known) for step, score in points if (known := number_of(score)) is not None]

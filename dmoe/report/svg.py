@@ -52,6 +52,19 @@ class Axes:
     y_range: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A picture whose patches have numbers.
+
+    Attributes:
+        image: a PNG in base64.
+        chosen: a number for each patch, row by row.
+    """
+
+    image: str
+    chosen: Sequence[int]
+
+
 def bars(
     groups: Mapping[str, Sequence[tuple[float, float | None] | None]],
     *,
@@ -164,6 +177,39 @@ def heat_map(values: Sequence[Sequence[float]], *, rows: Sequence[str], columns:
     return _figure(height, parts, f"Heat map of {label}, columns {', '.join(columns)}. {'; '.join(told)}.")
 
 
+def patches(panels: Sequence[Panel], *, grid: tuple[int, int], styles: Mapping[int, int], label: str) -> Markup:
+    """Pictures side by side, and under each the same with the patches of experts coloured.
+
+    Args:
+        grid: rows and columns of patches.
+        styles: by expert, from 0; a patch of another one keeps the picture's colours.
+        label: of what layer.
+    """
+    rows, columns = grid
+    gap, top = 8.0, 20.0
+    wide = min(120.0, (WIDTH - gap * (len(panels) - 1)) / len(panels))
+    tall = wide * rows / columns
+    edge_x, edge_y = wide / columns, tall / rows
+    below = top + tall + gap
+    form = '<image x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" preserveAspectRatio="none" href="{}"/>'
+    parts, told = [], []
+    for place, panel in enumerate(panels):
+        x, source = (wide + gap) * place, f"data:image/png;base64,{panel.image}"
+        parts.append(_text(x + wide / 2, 9, str(place + 1), anchor="middle"))
+        parts += [Markup(form).format(x, y, wide, tall, source) for y in (top, below)]
+        for expert in sorted(set(panel.chosen)):
+            if expert in styles:
+                inside = [
+                    _rectangle(x + edge_x * column, below + edge_y * row, edge_x * length, edge_y, f"fill patch s{styles[expert]}")
+                    for row, column, length in _runs(panel.chosen, columns, expert)
+                ]
+                parts.append(Markup("<g><title>expert {}</title>{}</g>").format(expert + 1, Markup("").join(inside)))
+        often = sorted(set(panel.chosen), key=lambda expert: (-panel.chosen.count(expert), expert))
+        told.append(f"picture {place + 1}: {', '.join(f'expert {e + 1} {panel.chosen.count(e)}' for e in often)}")
+    alternative = f"Pictures, and their {rows * columns} patches by the expert of {label} that they chose first. {'; '.join(told)}."
+    return _figure(below + tall, parts, alternative)
+
+
 def marker(x: float, y: float, style: int) -> Markup:
     """A mark of a shape of its own for each style."""
     shapes = (
@@ -224,6 +270,18 @@ def _short(tick: str) -> str:
 def _with_half(one: tuple[float, float | None], say: Say) -> str:
     value, half = one
     return say(value) if half is None else f"{say(value)} ({say(value - half)} to {say(value + half)})"
+
+
+def _runs(chosen: Sequence[int], columns: int, expert: int) -> list[tuple[int, int, int]]:
+    """Where patches of an expert lie side by side: row, first column, and how many."""
+    found: list[tuple[int, int, int]] = []
+    for place in (place for place, one in enumerate(chosen) if one == expert):
+        row, column = divmod(place, columns)
+        if found and found[-1][0] == row and sum(found[-1][1:]) == column:
+            found[-1] = (row, found[-1][1], found[-1][2] + 1)
+        else:
+            found.append((row, column, 1))
+    return found
 
 
 def _nice(low: float, high: float) -> tuple[float, float, list[float]]:

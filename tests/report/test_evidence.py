@@ -16,9 +16,11 @@ from dmoe.command_line import open_run, parser
 from dmoe.data.transforms import ImageTransform
 from dmoe.meta.learner import ZeroTarget
 from dmoe.models.aggregator import Aggregator
-from dmoe.report.evidence import attention_to_experts, chosen, gather, png_of, spread_out
+from dmoe.report.checked import LARGEST_EDGE
+from dmoe.report.evidence import attention_to_experts, chosen, gather
 from dmoe.report.page import build
-from dmoe.report.shown import LARGEST_EDGE, curves_of, read_evidence
+from dmoe.report.pictures import png_of, spread_out
+from dmoe.report.shown import curves_of, read_evidence
 from dmoe.testing import _finished_run
 from tests.bad_input.doors import make_pictures, make_run
 

@@ -132,6 +132,18 @@ def test_what_is_missing_is_a_sentence_and_no_empty_frame(tmp_path: Path) -> Non
     assert "trained for less time than the adapted one" in section(page, "notes").text
 
 
+def test_a_network_trained_alone_has_a_page_without_a_word_of_adapting(tmp_path: Path) -> None:
+    alone = {**plain_rows()[0], "method": "ERM", "config": {"dataset": "digits", "method": "erm"}}
+    page = read(build(write_rows(tmp_path, [alone])))
+    left_out = ("support", "protocols", "ablations", "attention", "examples")
+    assert [one.attributes["id"] for one in page.all("section")] == [name for name in SECTIONS if name not in left_out]
+    assert page.all("h1")[0].text == "ERM on digits"
+    assert "A network trained alone (ERM) reaches 77.8 % accuracy on 16 domains" in page.text
+    assert not re.search("after the update|adapted once|as all training of Meta-DMoE", page.text)
+    beside = {**plain_rows()[0], "seed": 2}
+    assert len(read(build(write_rows(tmp_path, [alone, beside]))).all("section")) == len(SECTIONS) - 1
+
+
 def test_curves_of_a_plain_run_come_from_its_manifests(tmp_path: Path) -> None:
     write_rows(tmp_path, plain_rows())
     (tmp_path / "meta").mkdir()
