@@ -1,25 +1,25 @@
 """One method of a comparison on one seed: settings are chosen on validation domains, then it is tested by every protocol."""
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmoe.artifacts import read_json, written_whole
-from dmoe.compare.candidates import CANDIDATES, FULL, OURS, Candidate, Settings, Trial
+from dmoe.artifacts import written_whole
+from dmoe.compare.candidates import CANDIDATES, FULL, OURS, Candidate, Trial
+from dmoe.compare.choice import Choice, choice_of, choose, rows_of, seconds_of
 from dmoe.config import Duration
 from dmoe.console import say
-from dmoe.errors import DoesNotApply, UserError
+from dmoe.errors import DoesNotApply
 from dmoe.evaluation import Evaluation, Method, judged
 from dmoe.memory import peak_bytes
 from dmoe.protocols import KINDS, Protocol
-from dmoe.run_folder import RunFolder, Stage, versions
+from dmoe.run_folder import Stage, versions
 from dmoe.stages import Run
 from dmoe.testing import finite
 
@@ -27,19 +27,6 @@ ROWS = "rows.jsonl"
 
 TIMED_IMAGES = 500
 """Predicted at a time, where predictions a second are counted."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was found on the validation domains, for all seeds.
-
-    Attributes:
-        settings: the best of those that were tried.
-        steps: of a training that takes as much CPU time as all stages of a run together; 0 where nothing is trained.
-    """
-
-    settings: Settings
-    steps: int
 
 
 def compare_one(run: Run, key: str, *, chosen_by: Path) -> None:
@@ -81,9 +68,9 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
     rows: list[dict[str, Any]] = []
     if run.folder.path.resolve() == chosen_by.resolve():
         choice, trials = choose(trial, candidate, already=already)
-        rows += [_row(run, candidate, "trial") | facts for facts in trials]
+        rows += [_row(run, candidate, "trial") | one.row for one in trials]
     else:
-        choice = _choice_of(chosen_by, key)
+        choice = choice_of(chosen_by, key)
     final = replace(trial, name=FULL, duration=Duration(choice.steps, "steps"))
     method = candidate.make(final, choice.settings)
     trained = (final.training_seconds or 0.0) + already
@@ -95,69 +82,6 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
             | {"settings": dict(choice.settings), "steps": choice.steps, "cost": cost}
         )
     return rows, choice
-
-
-def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choice, list[dict[str, Any]]]:
-    """The settings that score best on the validation domains, by the main protocol, and all that were tried.
-
-    Args:
-        already: CPU seconds of training that the method goes on from.
-    """
-    run, config = trial.run, trial.run.config.compare
-    steps = _trial_steps(trial, candidate)
-    found: list[dict[str, Any]] = []
-    paces: list[float] = []
-    for number, settings in enumerate(candidate.tried[: config.trials]):
-        one = replace(trial, name=f"trial_{number}", duration=Duration(steps, "steps"))
-        method = candidate.make(one, settings)
-        score = run.evaluate(method, "validation", run.protocol).score
-        found.append({"trial": number, "settings": dict(settings), "split": "validation", "score": finite(score)})
-        say(f"{trial.stage.name}: {json.dumps(dict(settings))}: {score:.4f} on validation")
-        if one.training_seconds is not None:
-            paces.append(one.training_seconds / steps)
-    best = max(found, key=lambda facts: -math.inf if facts["score"] is None else float(facts["score"]))
-    full = max(1, round((budget(run) - already) / statistics.median(paces))) if paces else 0
-    return Choice(best["settings"], full), found
-
-
-def _trial_steps(trial: Trial, candidate: Candidate) -> int:
-    """How long a trial is, so that all methods' take about the same CPU time, whatever a step of theirs costs.
-
-    A first, short training tells the pace; it is as many steps as the run's student takes in a quarter of a trial's time.
-    """
-    run = trial.run
-    student = read_json(run.folder.path / "student" / "manifest.json")["figures"]
-    seconds = run.config.compare.trial_share * budget(run)
-    few: int = max(1, round(seconds / 4 * student["step"] / student["cpu_seconds"]))
-    short = replace(trial, name="pace", duration=Duration(few, "steps"))
-    candidate.make(short, candidate.tried[0])
-    return few if short.training_seconds is None else max(1, round(seconds * few / short.training_seconds))
-
-
-def _choice_of(chosen_by: Path, key: str) -> Choice:
-    """What the first seed chose, or an earlier comparison."""
-    if chosen_by.is_file():
-        return _choice_in(chosen_by, key)
-    path = RunFolder(chosen_by).stage(f"compare/{key}", {}).manifest
-    if not path.is_file():
-        raise UserError(f"{path}: the first seed's settings are not chosen yet: compare it first")
-    figures = read_json(path).get("figures", {})
-    try:
-        return Choice(dict(figures["chosen"]), int(figures["steps"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: damaged (figures): delete {path.parent} to redo it") from None
-
-
-def _choice_in(results: Path, key: str) -> Choice:
-    """What earlier results say; a method that was left out there is left out here."""
-    name = CANDIDATES[key].name
-    try:
-        tested = [row for row in rows_of(results) if row["method"] == name and row["kind"] == "test"]
-        if not tested:
-            raise DoesNotApply(f"{results} has no result of it")
-        return Choice(dict(tested[0]["settings"]), int(tested[0]["steps"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{results}: it does not say which settings and how many steps {key} had: leave out --chosen_by") from None
 
 
 def by_every_protocol(run: Run, method: Method, candidate: Candidate) -> Iterator[tuple[Protocol, Evaluation]]:
@@ -189,17 +113,6 @@ def protocols(run: Run) -> list[Protocol]:
     return [
         protocol for protocol in found if protocol.score_support or protocol.kind != "per domain" or fits > protocol.support_size
     ]
-
-
-def budget(run: Run) -> float:
-    """CPU seconds of all stages of a run together: what each method may be trained for."""
-    return sum(seconds_of(run, stage) for stage in OURS)
-
-
-def seconds_of(run: Run, stage: str) -> float:
-    """CPU seconds of a stage, by its manifest, or the manifests in it."""
-    manifests = sorted((run.folder.path / stage).glob("**/manifest.json"))
-    return sum(float(read_json(manifest)["figures"]["cpu_seconds"]) for manifest in manifests)
 
 
 def costs(run: Run, method: Method) -> dict[str, float]:
@@ -235,11 +148,6 @@ def made_from(run: Run) -> dict[str, Any]:
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """What :func:`compare_one` left."""
     return rows_of(folder / ROWS)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Results, one a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _row(run: Run, candidate: Candidate, kind: str) -> dict[str, Any]:

@@ -193,11 +193,11 @@ class CompareConfig(Section):
     can be trained by; none: usual."""
     trials: Annotated[int, Field(ge=1, le=1000)] = 6
     """Settings tried on the validation domains, of each method at most so many."""
-    trial_share: Annotated[float, Field(gt=0, le=1)] = 0.03
+    trial_share: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Length of a training that tries a setting, as part of the CPU time of all stages of a run together."""
     support_sizes: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Unlabeled images of a target domain to adapt to, beside the run's own number."""
-    stream_images: Count | None = 320
+    stream_images: Count | None = 256
     """Images of each target domain, its first ones, that come in batches, where a method adapts to each of them; null: all."""
 
 

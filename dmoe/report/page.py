@@ -272,6 +272,7 @@ def trials_section(comparison: Comparison, unit: Unit) -> Section:
     with_seeds = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
     text = [
         f"Settings were compared on {splits} domains only, with {with_seeds}; the target domains of the tables above chose nothing."
+        " Of what is trained, the best after short trainings were trained for longer, and the score is that of the longer one."
     ]
     return Section("trials", title, text, tables=[("Chosen settings", Table(head, rows))], folded=folded)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,6 +13,7 @@ from told import one_line
 from torch import Tensor, nn
 
 from dmoe.compare.candidates import CANDIDATES, Candidate, Settings, Trial
+from dmoe.compare.choice import choose
 from dmoe.compare.comparison import write_results
 from dmoe.compare.work import by_every_protocol, compare_one, protocols, read_rows
 from dmoe.config import CONFIG_FOLDER, load_config
@@ -207,11 +209,33 @@ def test_a_training_may_take_as_long_as_all_stages_together_less_what_it_goes_on
     run = run_in(tmp_path / "seed_1", "compare.trial_share=0.1")
     compare_one(run, "trained", chosen_by=run.folder.path)
     # 100 CPU seconds in all; a quarter of a tenth of it is 25 steps of the student, who took 0.1 seconds for each.
-    assert steps == [25, 20, 20, round((100 - 15) / 0.5)]
+    assert steps == [25, 20, 20, 80, 80, round((100 - 15) / 0.5)]  # both go on to the second round
     (cost,) = {
         row["cost"]["training_cpu_seconds"] for row in read_rows(run.folder.path / "compare" / "trained") if row["kind"] == "test"
     }
     assert cost == pytest.approx(100)
+
+
+def test_the_best_of_short_trainings_are_tried_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right most often after a short training is not after a longer one."""
+    made: list[tuple[str, int]] = []
+    right = {"trial_0": 2, "trial_1": 0, "trial_2": 1, "longer_trial_0": 1, "longer_trial_2": 2}
+
+    def make(trial: Trial, settings: Settings) -> Method:
+        made.append((trial.name, settings["a"]))
+        stage = trial.place(settings)
+        stage.folder.mkdir(parents=True)
+        stage.finish(files=[], figures={"cpu_seconds": 1.0 + settings["a"], "step": 1})
+        return cast(Method, Shifting(2 - right.get(trial.name, 0)))
+
+    monkeypatch.setitem(cast(dict[str, Candidate], CANDIDATES), "two", Candidate("two", "", make, [{"a": a} for a in range(3)]))
+    run = run_in(tmp_path)
+    monkeypatch.setattr(type(run), "evaluate", lambda run, method, *_: SimpleNamespace(score=-method.shift))
+    choice, tried = choose(Trial(run, run.folder.stage("compare/two", {})), CANDIDATES["two"], already=0)
+    assert [name for name, _ in made] == ["pace", "trial_0", "trial_1", "trial_2", "longer_trial_0", "longer_trial_2"]
+    assert choice.settings == {"a": 2}
+    assert [one.steps for one in tried] == [tried[0].steps] * 3 + [4 * tried[0].steps] * 2
+    assert choice.steps == round(100 * 4 * tried[0].steps / 3.0)  # by the pace of what was chosen
 
 
 def test_protocols_beside_the_main_one(tmp_path: Path) -> None:
