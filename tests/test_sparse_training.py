@@ -12,19 +12,30 @@ from runs import ROOT
 from torch import Tensor, nn
 
 import dmoe
+from dmoe import stages
 from dmoe.artifacts import load_tensors, read_json
 from dmoe.backbones import build_backbone
-from dmoe.config import CONFIG_FOLDER, BackboneConfig, TrainingConfig, as_inputs, load_config
+from dmoe.config import (
+    CONFIG_FOLDER,
+    BackboneConfig,
+    ERMConfig,
+    ObjectiveConfig,
+    TrainingConfig,
+    as_inputs,
+    load_config,
+    objective_of,
+)
 from dmoe.errors import UserError
 from dmoe.model import describe
 from dmoe.models.sparse import balance_loss, routings, sparse_layers
-from dmoe.objectives import ERM, Fish, Objective, Outputs
+from dmoe.objectives import ERM, Outputs
 from dmoe.randomness import seed_of
 from scripts.make_folder_sample import write_sample
 
 DENSE = "student.backbone={name: small_vit}"
 GMOE = "student.backbone={name: small_vit, sparse: {kind: gmoe, experts: 3, balance_weight: 0.7}}"
 EXPERTS = "experts.backbone={name: small_vit, sparse: {kind: emoe, experts: 8, top_k: 3}}"
+ERM_ALONE = ERMConfig()
 ONE_STEP = TrainingConfig.model_validate({"batch_size": 12, "duration": "1 steps", "optimizer": {"lr": 1e-9}})
 
 
@@ -45,17 +56,24 @@ class Listening(ERM):
         return found
 
 
-def trained(folder: Path, backbone: str, training: TrainingConfig, objective: Objective | None = None, domains: int | None = None):
+def trained(folder: Path, backbone: str, training: TrainingConfig, objective: ObjectiveConfig = ERM_ALONE):
     run = steady_run_in(folder, backbone)
     network = run.network(run.config.student_backbone, "student", to_train=True)
     members = torch.arange(len(run.source))
-    run.train_network(run.folder.stage("any", run.facts()), network, members, training, objective=objective, domains=domains)
+    run.train_network(run.folder.stage("any", run.facts()), network, members, training, objective=objective)
     return run, network
 
 
-def test_balance_of_every_sparse_layer_is_added_by_its_weight(tmp_path: Path) -> None:
-    listening = Listening(steady_run_in(tmp_path).dataset.task)
-    run, network = trained(tmp_path, GMOE, ONE_STEP, listening)
+@pytest.fixture
+def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Listening:
+    """What every training minimises meanwhile."""
+    found = Listening(steady_run_in(tmp_path).dataset.task)
+    monkeypatch.setattr(stages, "build_objective", lambda *_, **__: found)
+    return found
+
+
+def test_balance_of_every_sparse_layer_is_added_by_its_weight(tmp_path: Path, listening: Listening) -> None:
+    run, network = trained(tmp_path, GMOE, ONE_STEP)
     network.train()
     torch.manual_seed(seed_of(seed_of(run.config.seed, "any"), "dropout", 0))  # as the step began
     with routings(network) as found:
@@ -66,9 +84,8 @@ def test_balance_of_every_sparse_layer_is_added_by_its_weight(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("backbone", [DENSE, GMOE.replace("0.7", "0"), "student.backbone={name: small_vit, sparse: {kind: emoe}}"])
-def test_networks_without_a_balance_loss_add_nothing(tmp_path: Path, backbone: str) -> None:
-    listening = Listening(steady_run_in(tmp_path).dataset.task)
-    trained(tmp_path, backbone.replace("kind: emoe", "kind: emoe, experts: 16"), ONE_STEP, listening)
+def test_networks_without_a_balance_loss_add_nothing(tmp_path: Path, backbone: str, listening: Listening) -> None:
+    trained(tmp_path, backbone.replace("kind: emoe", "kind: emoe, experts: 16"), ONE_STEP)
     assert listening.whole == listening.own
 
 
@@ -85,13 +102,10 @@ def test_balance_makes_experts_be_used_alike(tmp_path: Path) -> None:
 
 def test_training_with_noise_and_dropout_is_the_same_again_and_by_domains_too(tmp_path: Path) -> None:
     training = TrainingConfig.model_validate({"batch_size": 12, "duration": "3 steps", "optimizer": {"lr": 0.01}})
-    for name, domains in (("erm", None), ("fish", 3)):
+    for objective in (objective_of("erm", {}), objective_of("fish", {"domains": 3, "inner_lr": 0.01})):
         weights = []
         for again in range(2):
-            folder = tmp_path / f"{name}{again}"
-            task = steady_run_in(folder).dataset.task
-            objective = ERM(task) if domains is None else Fish(task, inner_lr=0.01)
-            weights.append(trained(folder, GMOE, training, objective, domains)[1].state_dict())
+            weights.append(trained(tmp_path / f"{objective.name}{again}", GMOE, training, objective)[1].state_dict())
         assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
