@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmoe.artifacts import written_whole
+from dmoe.artifacts import write_json_lines
 from dmoe.compare.tasks import Task, run_tasks
 from dmoe.config import Config
 from dmoe.console import say
@@ -118,8 +118,7 @@ def write_results(out: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Row]
     results = {cell: read_results(cell.folder(out)) for cell in cells if (cell.folder(out) / RESULTS).is_file()}
     rows = [{"protocol": "domainbed", "left_out": cell.domain, **row} for cell, found in results.items() for row in found.values()]
     if rows:
-        with written_whole(out / RESULTS) as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(out / RESULTS, rows)
         say(f"{len(rows):,} results: {out / RESULTS}")
     return results
 

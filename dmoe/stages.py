@@ -49,7 +49,7 @@ from dmoe.model import build_aggregator
 from dmoe.models.aggregator import Aggregator
 from dmoe.models.expert_pool import ExpertPool
 from dmoe.models.networks import Network, in_layout
-from dmoe.models.sparse import balance_of, routings
+from dmoe.models.sparse import balance_of, routings, sparse_layers
 from dmoe.objectives import SWAD, Outputs, build_objective
 from dmoe.precision import computing_in, not_coarse
 from dmoe.protocols import Protocol
@@ -163,14 +163,15 @@ class Run:
         if isinstance(chosen, nn.Module):
             chosen.to(self.device)
         batches = self.batches(members, training, objective, key=key)
+        listening = partial(routings, network.features) if sparse_layers(network.features) else partial(nullcontext, {})
 
         def loss(step: int, pixels: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
-            with computing_in(training.precision, self.device), routings(network.features) as routed:
+            with computing_in(training.precision, self.device), listening() as routed:
                 images = self.source.finish(pixels)
                 features = network.features(images)
                 logits = network.head(features)
             found = chosen.loss(Outputs(not_coarse(features), not_coarse(logits), labels, domains, images), step=step)
-            balance = balance_of(network.features, routed)
+            balance = balance_of(network.features, routed) if routed else None
             return found if balance is None else found + balance
 
         def evaluate() -> float:

@@ -9,7 +9,6 @@ not done again. OUT/results.jsonl has a row a setting and seed. Source: Zhong et
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
-from dmoe.artifacts import written_whole
+from dmoe.artifacts import write_json_lines
 from dmoe.command_line import run_main
 from dmoe.compare.tasks import Task, run_tasks
 from dmoe.config import CONFIG_FOLDER, Config, known_datasets, load_config
@@ -186,8 +185,7 @@ def write_results(ablations: Sequence[Ablation], out: Path) -> list[Row]:
     found = [(each, each.result(out)) for each in ablations]
     rows = [row_of(each, result, out) for each, result in found if result is not None]
     if rows:
-        with written_whole(out / "results.jsonl") as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(out / "results.jsonl", rows)
     return rows
 
 

@@ -18,6 +18,7 @@ from dmoe.console import say
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.run_folder import RunFolder
 from dmoe.stages import Run
+from dmoe.testing import finite
 
 FINALISTS = 2
 """Settings of the second round."""
@@ -59,8 +60,8 @@ class Tried:
     @property
     def row(self) -> dict[str, Any]:
         """Facts of a result."""
-        score = self.score if math.isfinite(self.score) else None
-        return {"trial": self.number, "settings": dict(self.settings), "steps": self.steps, "split": "validation", "score": score}
+        tried = {"trial": self.number, "settings": dict(self.settings), "steps": self.steps}
+        return {**tried, "split": "validation", "score": finite(self.score)}
 
 
 def choose(trial: Trial, candidate: Candidate, *, already: float) -> tuple[Choice, list[Tried]]:

@@ -4,11 +4,10 @@ A comparison folder holds a run folder ``seed_N`` for each seed, ``logs``, ``res
 report shows beside numbers.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmoe.artifacts import written_whole
+from dmoe.artifacts import write_json_lines
 from dmoe.compare.candidates import CANDIDATES, GROUPS, Candidate
 from dmoe.compare.tasks import Task, run_tasks
 from dmoe.compare.work import order_of, read_rows
@@ -84,6 +83,5 @@ def write_results(folder: Path, seeds: Sequence[int]) -> None:
     rows = order_of([row for stage in stages if stage.manifest.is_file() for row in read_rows(stage.folder)])
     if not rows:
         return
-    with written_whole(folder / RESULTS) as beside:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(folder / RESULTS, rows)
     say(f"{len(rows):,} results: {folder / RESULTS}")

@@ -1,6 +1,5 @@
 """One method of a comparison on one seed: settings are chosen on validation domains, then it is tested by every protocol."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dmoe.artifacts import written_whole
+from dmoe.artifacts import write_json_lines
 from dmoe.compare.candidates import CANDIDATES, FULL, OURS, Candidate, Trial
 from dmoe.compare.choice import Choice, choice_of, choose, rows_of, seconds_of
 from dmoe.config import Duration
@@ -55,8 +54,7 @@ def compare_one(run: Run, key: str, *, chosen_by: Path) -> None:
         except DoesNotApply as error:
             say(f"{stage.name}: left out: {error}")
             rows, choice = [], Choice({}, 0)
-        with written_whole(stage.folder / ROWS) as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(stage.folder / ROWS, rows)
         figures = {"cpu_seconds": round(time.process_time() - began, 1), "chosen": dict(choice.settings), "steps": choice.steps}
         stage.finish(files=[stage.folder / ROWS], figures=figures)
     say(f"{stage.name}: {candidate.name}: {len(rows)} results ({stage.folder})")

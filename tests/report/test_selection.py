@@ -12,6 +12,7 @@ from fake_comparison import plain_rows, png, write_rows
 from noise import run_in, steady_run_in, train
 from pages import Element, read, section, table
 from sklearn.metrics import normalized_mutual_info_score
+from sparse_settings import GMOE as SIX_EXPERTS
 from torch import Tensor, nn
 
 import dmoe
@@ -31,18 +32,7 @@ from dmoe.report.selection_evidence import chosen_experts, gather_selection, gri
 from dmoe.report.selection_page import styles_of
 from dmoe.report.shown import read_evidence
 
-GMOE = SparseSettings(
-    kind="gmoe",
-    experts=4,
-    top_k=1,
-    router="cosine",
-    capacity_factor=None,
-    blocks="last_two",
-    gate_noise=1.0,
-    balance_weight=0.01,
-    dropout=0.1,
-    drop_path=0.0,
-)
+GMOE = replace(SIX_EXPERTS, experts=4, dropout=0.1)
 BACKBONE = "student.backbone={name: small_vit, sparse: {kind: gmoe, experts: 4}}"
 
 
