@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dmoe.models.sparse.grouped import grouped_linear
 from dmoe.models.sparse.routing import Routing, Weighting, as_fine, balance_loss, route
 
 
@@ -111,10 +112,7 @@ class SparseFFN(nn.Module):
         order = self._asked_for(routing).argsort(stable=True)
         # Each row is taken once, so that its gradient is a sum in a fixed order.
         rows = tokens[:, None].expand(count, self.top_k, width).reshape(-1, width).index_select(0, order)
-        biases = [None] * len(self.w1) if self.b2.ndim == 1 else self.b2.unbind()
-        parts = zip(rows.split(sizes), self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), biases, strict=False)
-        each = [self._ffn(part, w1, b1, w2, b2) for part, w1, b1, w2, b2 in parts if len(part)]
-        served = torch.cat(each) if each else rows[:0]
+        served = self._ffn(rows[: count * self.top_k - sizes[-1]], sizes[:-1])
         served = served * routing.gates.flatten().index_select(0, order[: len(served)])[:, None]
         if sizes[-1]:
             served = torch.cat([served, served.new_zeros(sizes[-1], width)])
@@ -130,9 +128,10 @@ class SparseFFN(nn.Module):
             said = said + self.b2[:, None]
         return (said * weights.T[:, :, None]).sum(dim=0)
 
-    def _ffn(self, tokens: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None) -> Tensor:
-        hidden = self._dropped(self.act(torch.addmm(b1, tokens, w1)))
-        return torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
+    def _ffn(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """Of ``[S, d]``, the rows of an expert behind those of another."""
+        hidden = self._dropped(self.act(grouped_linear(rows, self.w1, self.b1, sizes)))
+        return grouped_linear(hidden, self.w2, None if self.b2.ndim == 1 else self.b2, sizes)
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         if not (self.training and self.dropout):
