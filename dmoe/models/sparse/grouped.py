@@ -62,7 +62,8 @@ class _GroupedLinear(torch.autograd.Function):
     def jvp(ctx: Any, rows: Tensor, weights: Tensor, biases: Tensor | None, _: None) -> Tensor:
         of_rows, of_weights = ctx.saved_tensors
         made: Tensor = _GroupedLinear.apply(rows, of_weights, biases, ctx.sizes)
-        return made + _GroupedLinear.apply(of_rows, weights, None, ctx.sizes)
+        made = made + _GroupedLinear.apply(of_rows, weights, None, ctx.sizes)
+        return made
 
 
 class _GroupedOuter(torch.autograd.Function):
@@ -95,4 +96,5 @@ class _GroupedOuter(torch.autograd.Function):
     def jvp(ctx: Any, left: Tensor, right: Tensor, _: None) -> Tensor:
         of_left, of_right = ctx.saved_tensors
         made: Tensor = _GroupedOuter.apply(left, of_right, ctx.sizes)
-        return made + _GroupedOuter.apply(of_left, right, ctx.sizes)
+        made = made + _GroupedOuter.apply(of_left, right, ctx.sizes)
+        return made
