@@ -61,9 +61,9 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, rows: Tensor, weights: Tensor, biases: Tensor | None, _: None) -> Tensor:
         of_rows, of_weights = ctx.saved_tensors
-        made: Tensor = _GroupedLinear.apply(rows, of_weights, biases, ctx.sizes)
-        made = made + _GroupedLinear.apply(of_rows, weights, None, ctx.sizes)
-        return made
+        by_rows: Tensor = _GroupedLinear.apply(rows, of_weights, biases, ctx.sizes)
+        by_weights: Tensor = _GroupedLinear.apply(of_rows, weights, None, ctx.sizes)
+        return by_rows + by_weights
 
 
 class _GroupedOuter(torch.autograd.Function):
@@ -95,6 +95,6 @@ class _GroupedOuter(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, left: Tensor, right: Tensor, _: None) -> Tensor:
         of_left, of_right = ctx.saved_tensors
-        made: Tensor = _GroupedOuter.apply(left, of_right, ctx.sizes)
-        made = made + _GroupedOuter.apply(of_left, right, ctx.sizes)
-        return made
+        by_left: Tensor = _GroupedOuter.apply(left, of_right, ctx.sizes)
+        by_right: Tensor = _GroupedOuter.apply(of_left, right, ctx.sizes)
+        return by_left + by_right
