@@ -11,7 +11,7 @@ from dmoe.errors import UserError
 
 if TYPE_CHECKING:
     from dmoe.distributed import World
-    from dmoe.stages import Run
+    from dmoe.run import Run
 
 EPILOG = """examples:
   python run.py                                      the embedded digits, from nothing to the table

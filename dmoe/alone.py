@@ -10,7 +10,8 @@ from dmoe.evaluation import Method
 from dmoe.model import describe
 from dmoe.models.student import Student
 from dmoe.objectives import NAMES
-from dmoe.stages import Run, check_objective, load_finished, nothing_to_load, pretrain_student
+from dmoe.run import Run, load_finished, nothing_to_load
+from dmoe.stages import check_objective, pretrain_student
 
 
 def check_alone(run: Run, *, expert: int | None = None, tests: bool = False) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dmoe.config import Config
     from dmoe.distributed import World
     from dmoe.published import PublishedFolder
+    from dmoe.run import Run
     from dmoe.run_folder import RunFolder
-    from dmoe.stages import Run
 
 MOST_THREADS = 4096
 WRONG_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -100,7 +100,8 @@ def open_run(
     from dmoe.data.registry import Opening, load_dataset
     from dmoe.distributed import ALONE
     from dmoe.published import PublishedFolder
-    from dmoe.stages import Run, check
+    from dmoe.run import Run
+    from dmoe.stages import check
 
     world = world or ALONE
     device = choose_device(options.gpu, number=world.local_rank)

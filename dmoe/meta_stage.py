@@ -25,7 +25,7 @@ from dmoe.models.expert_pool import without_own_expert
 from dmoe.models.networks import Network
 from dmoe.protocols import Protocol
 from dmoe.randomness import generator, seed_of
-from dmoe.stages import Run
+from dmoe.run import Run
 from dmoe.tokens import TokenStore
 
 GRADIENT_FILE = "gradient.json"

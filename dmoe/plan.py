@@ -21,7 +21,7 @@ from dmoe.models.aggregator import Aggregator
 from dmoe.models.networks import Network
 from dmoe.objectives import NAMES
 from dmoe.randomness import generator
-from dmoe.stages import Run
+from dmoe.run import Run
 from dmoe.tokens import TOKENS, bytes_a_number
 from dmoe.watch_stage import batches_of
 

@@ -21,8 +21,8 @@ from dmoe.model import build_adapter, build_aggregator, load_as
 from dmoe.models.networks import Network
 from dmoe.models.student import Student
 from dmoe.published import PublishedFolder
+from dmoe.run import Run, load_finished
 from dmoe.run_folder import versions
-from dmoe.stages import Run, load_finished
 
 DOMAINS_SHOWN = 30
 """A longer table of domains is not printed; results.jsonl has them all."""

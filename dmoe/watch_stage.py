@@ -15,8 +15,8 @@ from dmoe.diagnosis import FALSE_ALARMS, Episodes, Statistics, learned_ranges, s
 from dmoe.model import RANGES, Model, load_as
 from dmoe.models.expert_pool import without_own_expert
 from dmoe.randomness import Key, generator
+from dmoe.run import Run
 from dmoe.run_folder import Stage
-from dmoe.stages import Run
 from dmoe.tokens import TokenStore
 
 VERSION = 1

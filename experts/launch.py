@@ -8,7 +8,7 @@ import torch
 
 from dmoe.console import progress_bar, say
 from dmoe.errors import UserError
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts.local import Local
 from experts.process import End, Launcher, last_lines, log_of, steps_done
 

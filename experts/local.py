@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dmoe.machine import cores
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts.process import End, command, log_of
 
 

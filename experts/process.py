@@ -8,7 +8,7 @@ from signal import SIGINT, SIGTERM
 from typing import NamedTuple, Protocol
 
 from dmoe.command_line import INTERRUPTED, WRONG_INPUT
-from dmoe.stages import Run
+from dmoe.run import Run
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_single_expert.py"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.errors import UserError
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts.process import End, command, log_of
 
 RETRIES_OF_LOST_WORKERS = 3

@@ -15,7 +15,7 @@ from pathlib import Path
 from dmoe.artifacts import written_whole
 from dmoe.command_line import INTERRUPTED
 from dmoe.errors import UserError
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts.process import TERMINATED, End, command, log_of
 
 SETTLE_SECONDS = 60.0

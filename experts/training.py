@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from dmoe.loop import tidy
-from dmoe.stages import Run
+from dmoe.run import Run
 
 
 def train_expert(run: Run, number: int) -> None:

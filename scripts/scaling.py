@@ -37,8 +37,8 @@ from dmoe.memory import memory_budget, peak_bytes
 from dmoe.meta.learner import EpisodeBatch, Way
 from dmoe.meta_stage import meta_learner
 from dmoe.model import build_aggregator
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 from dmoe.tasks import Task
 from scripts.benchmarks import page, published
 from scripts.benchmarks.measuring import Place

@@ -11,8 +11,8 @@ from dmoe.config import CONFIG_FOLDER, load_config
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.transforms import ImageTransform
 from dmoe.meta_stage import meta_train_student
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 from dmoe.tasks import Task, TaskKind
 from experts.training import train_expert
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from dmoe.artifacts import load_tensors
 from dmoe.command_line import open_run, parser
 from dmoe.errors import UserError
-from dmoe.stages import Run
+from dmoe.run import Run
 
 EXPERTS = 6
 SMALL = [

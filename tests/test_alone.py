@@ -20,7 +20,8 @@ from dmoe.alone import check_alone, train_alone, trained_alone
 from dmoe.config import Config, load_config
 from dmoe.errors import UserError
 from dmoe.plan import Costs, entries_alone, show
-from dmoe.stages import Run, pretrain_student
+from dmoe.run import Run
+from dmoe.stages import pretrain_student
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ["method=erm", "experts.count=30"]

@@ -18,8 +18,8 @@ from dmoe.meta.choice import Choice
 from dmoe.meta.learner import EpisodeBatch, MetaLearner, Way, ZeroTarget
 from dmoe.meta_stage import GRADIENT_FILE, gradient_way, meta_learner
 from dmoe.model import build_aggregator
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 
 FOUND = Choice(Way("forward_over_reverse", 4), 1.0, 2.0)
 

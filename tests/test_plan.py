@@ -21,7 +21,7 @@ from dmoe.data.transforms import ImageTransform
 from dmoe.errors import UserError
 from dmoe.model import build_aggregator
 from dmoe.plan import Costs, entries, measure, show, token_bytes
-from dmoe.stages import Run
+from dmoe.run import Run
 from dmoe.tasks import TaskKind
 from dmoe.tokens import TOKENS
 

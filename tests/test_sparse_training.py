@@ -12,7 +12,6 @@ from runs import ROOT
 from torch import Tensor, nn
 
 import dmoe
-from dmoe import stages
 from dmoe.artifacts import load_tensors, read_json
 from dmoe.backbones import build_backbone
 from dmoe.config import (
@@ -68,7 +67,7 @@ def trained(folder: Path, backbone: str, training: TrainingConfig, objective: Ob
 def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Listening:
     """What every training minimises meanwhile."""
     found = Listening(steady_run_in(tmp_path).dataset.task)
-    monkeypatch.setattr(stages, "build_objective", lambda *_, **__: found)
+    monkeypatch.setattr("dmoe.run.build_objective", lambda *_, **__: found)
     return found
 
 

@@ -23,8 +23,8 @@ from dmoe.diagnosis import Diagnosis, Range, Ranges
 from dmoe.errors import SuspectAdaptation, UserError
 from dmoe.evaluation import Evaluation
 from dmoe.models.student import Student
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 from dmoe.tasks import Task
 from dmoe.testing import Trained, domain_table, overall_table, predictions_name, result_row, write_predictions
 

@@ -18,7 +18,7 @@ from dmoe.artifacts import load_tensors, read_json, save_tensors, write_json
 from dmoe.diagnosis import learned_ranges, summaries
 from dmoe.errors import UserError
 from dmoe.model import Model, load_as
-from dmoe.stages import Run
+from dmoe.run import Run
 from dmoe.tasks import TaskKind
 from dmoe.tokens import TokenStore
 from dmoe.watch_stage import batches_of, measure_ranges

@@ -34,7 +34,7 @@ from dmoe.data.wilds_import import fractional_seconds, wilds
 from dmoe.evaluation import Evaluation, Method
 from dmoe.models.torchvision_import import torchvision
 from dmoe.protocols import Protocol
-from dmoe.stages import Run
+from dmoe.run import Run
 from scripts import make_wilds_sample
 
 pytestmark = pytest.mark.slow

@@ -32,8 +32,9 @@ from dmoe.models.networks import Network
 from dmoe.models.student import Student
 from dmoe.objectives import NAMES
 from dmoe.randomness import generator
+from dmoe.run import Run
 from dmoe.run_folder import Stage
-from dmoe.stages import Run, load_experts, make_tokens, pretrain_student
+from dmoe.stages import load_experts, make_tokens, pretrain_student
 
 Settings = Mapping[str, Any]
 

@@ -16,8 +16,8 @@ from dmoe.compare.candidates import CANDIDATES, OURS, Candidate, Settings, Trial
 from dmoe.config import Duration
 from dmoe.console import say
 from dmoe.errors import DoesNotApply, UserError
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 from dmoe.testing import finite
 
 FINALISTS = 2

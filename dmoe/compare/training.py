@@ -24,8 +24,8 @@ from dmoe.models.networks import Network
 from dmoe.models.student import Student
 from dmoe.protocols import Protocol
 from dmoe.randomness import seed_of
+from dmoe.run import Run
 from dmoe.run_folder import Stage
-from dmoe.stages import Run
 
 
 def train_plainly(run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig) -> Method:

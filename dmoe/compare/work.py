@@ -18,8 +18,8 @@ from dmoe.errors import DoesNotApply
 from dmoe.evaluation import Evaluation, Method, judged
 from dmoe.memory import peak_bytes
 from dmoe.protocols import KINDS, Protocol
+from dmoe.run import Run
 from dmoe.run_folder import Stage, versions
-from dmoe.stages import Run
 from dmoe.testing import finite
 
 ROWS = "rows.jsonl"

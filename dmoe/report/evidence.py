@@ -15,7 +15,7 @@ from dmoe.models.student import Student
 from dmoe.report.pictures import png_of, spread_out
 from dmoe.report.selection_evidence import gather_selection
 from dmoe.report.shown import MOST_EXAMPLES, curves_of
-from dmoe.stages import Run
+from dmoe.run import Run
 from dmoe.testing import plain_student
 
 DOMAINS_WITH_EXAMPLES = 8

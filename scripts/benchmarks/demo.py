@@ -26,8 +26,8 @@ from dmoe.meta_stage import gradient_way, meta_learner
 from dmoe.model import build_aggregator
 from dmoe.models.expert_pool import ExpertPool, without_own_expert
 from dmoe.models.networks import in_layout
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder, Stage
-from dmoe.stages import Run
 from dmoe.supervised import task_loss, train_supervised
 from dmoe.tokens import build_store
 from scripts.benchmarks import published as plain

@@ -54,7 +54,7 @@ def make_run(folder: Path, pictures: Path) -> None:
     """All stages, in this process; the checkpoints that a finished stage drops are kept."""
     common = ["--config", str(ROOT / "configs" / "small_pictures.yaml"), "--data_dir", str(pictures), *OPTIONS]
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("dmoe.stages", "experts.training"):
+        for module in ("dmoe.run", "experts.training"):
             patch.setattr(f"{module}.tidy", lambda stage: None)
         for number in ("0", "1"):
             enter("train_single_expert", folder, "--expert_idx", number, *common)

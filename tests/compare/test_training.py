@@ -26,8 +26,8 @@ from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.models.networks import Network
 from dmoe.protocols import Protocol
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 
 OBJECTIVES = GROUPS["objectives"]
 KINDS = (*OBJECTIVES, "oracle", "ARM-CML", "ARM-BN", "ARM-LL")

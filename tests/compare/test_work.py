@@ -22,8 +22,8 @@ from dmoe.data.transforms import ImageTransform
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.models.student import Student
+from dmoe.run import Run
 from dmoe.run_folder import RunFolder
-from dmoe.stages import Run
 from dmoe.tasks import Task
 
 TASK = Task("multiclass", num_outputs=3)

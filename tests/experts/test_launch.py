@@ -11,7 +11,7 @@ from told import one_line
 
 from dmoe.artifacts import write_json
 from dmoe.errors import UserError
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts import launch
 from experts.launch import train_all_experts
 from experts.process import End, log_of

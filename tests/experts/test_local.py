@@ -9,7 +9,7 @@ import pytest
 import torch
 from noise import run_in
 
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts import local
 from experts.local import Local
 from experts.process import End, log_of

@@ -17,7 +17,7 @@ from small_experts import EXPERTS, Weights, open_small, weights_of
 from told import names, one_line
 
 from dmoe.errors import UserError
-from dmoe.stages import Run
+from dmoe.run import Run
 from experts import slurm
 from experts.launch import train_all_experts
 from experts.process import End, log_of

@@ -13,7 +13,8 @@ from dmoe.artifacts import load_tensors
 from dmoe.config import ObjectiveConfig
 from dmoe.data.base import DomainSplit
 from dmoe.errors import UserError
-from dmoe.stages import Run, check, pretrain_student
+from dmoe.run import Run
+from dmoe.stages import check, pretrain_student
 from experts.training import train_expert
 
 NAMES = [each.model_fields["name"].default for each in get_args(get_args(ObjectiveConfig)[0])]
