@@ -43,14 +43,16 @@ def meta_train_student(
     student: Network,
     *,
     name: str = "meta",
+    pretrained: str = "student",
 ) -> None:
     """Stage 5: student and aggregator are meta-trained. Then the run folder is a model that ``dmoe.load`` opens.
 
     Args:
         name: of the stage; another one for a variant, which is trained beside the run's own.
+        pretrained: the stage whose result the student is.
     """
     config, task = run.config.meta, run.dataset.task
-    made_from: dict[str, Any] = {name: run.folder.stage(name, {}).files() for name in ("aggregator", "student")}
+    made_from: dict[str, Any] = {name: run.folder.stage(name, {}).files() for name in ("aggregator", pretrained)}
     made_from["tokens"] = read_json(run.folder.path / "tokens" / "source" / "manifest.json")["key"]
     stage = run.folder.stage(name, run.facts("experts", "meta", "aggregator", made_from=made_from))
     teacher: Aggregator | ZeroTarget = ZeroTarget() if config.target == "zeros" else aggregator

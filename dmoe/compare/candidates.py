@@ -5,6 +5,7 @@ Settings are a few around the published ones; what they mean is said where the m
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from dmoe.baselines.tent import Tent
 from dmoe.baselines.unadapted import Unadapted
 from dmoe.compare import training
 from dmoe.compare.objectives import OBJECTIVES
-from dmoe.config import NO_STEPS, Duration, TrainingConfig, objective_of
+from dmoe.config import NO_STEPS, Duration, EMoEConfig, GMoEConfig, TrainingConfig, objective_of
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.meta.learner import ZeroTarget
@@ -34,7 +35,7 @@ from dmoe.objectives import NAMES
 from dmoe.randomness import generator
 from dmoe.run import Run
 from dmoe.run_folder import Stage
-from dmoe.stages import load_experts, make_tokens, pretrain_student
+from dmoe.stages import load_experts, make_tokens, pretrain_aggregator, pretrain_student
 
 Settings = Mapping[str, Any]
 
@@ -102,9 +103,9 @@ class Trial:
 
     @property
     def training_seconds(self) -> float | None:
-        """CPU seconds that the training took; None where nothing was trained."""
-        manifest = self.stage.folder / self.name / "manifest.json"
-        return float(read_json(manifest)["figures"]["cpu_seconds"]) if manifest.is_file() else None
+        """CPU seconds that the training took, with those in its folder; None where nothing was trained."""
+        found = sorted((self.stage.folder / self.name).glob("**/manifest.json")) if self.name else []
+        return sum(float(read_json(manifest)["figures"]["cpu_seconds"]) for manifest in found) if found else None
 
     def pretrained(self) -> Network:
         """The run's student as supervised training left it."""
@@ -216,14 +217,41 @@ def _zeros(trial: Trial, settings: Settings) -> Method:
     return build_adapter(run.config, task, experts=experts, aggregator=ZeroTarget(), student=student, kind=Adapter)
 
 
+def _ours_sparse(key: str) -> Callable[[Trial, Settings], Method]:
+    """The run's own training with a sparse student; experts, tokens and the pretrained aggregator are the run's."""
+
+    def make(trial: Trial, settings: Settings) -> Method:
+        run, task, config = trial.run, trial.run.dataset.task, trial.run.config.student
+        place = f"compare/{key}/{FULL}"
+        pretrained = run.folder.stage(f"{place}/student", run.student_stage.inputs)
+        student = training.network_trained_plainly(run, pretrained, training=config.training, objective=config.objective)
+        experts = load_experts(run)
+        tokens = make_tokens(run, experts)
+        aggregator = pretrain_aggregator(run, tokens, student.width, only_load=True)
+        meta_train_student(run, tokens, experts, aggregator, student, name=place, pretrained=f"{place}/student")
+        return build_adapter(run.config, task, experts=experts, aggregator=aggregator, student=student, kind=Adapter)
+
+    return make
+
+
 LRS: Sequence[Settings] = ({}, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 6e-3}, {"lr": 1e-2}, {"lr": 3e-2})
 """{}: as the run trains its student."""
 
 ARM_PAPER = "Zhang et al., NeurIPS 2021"
 
+SPARSE: Mapping[str, tuple[str, str, GMoEConfig | EMoEConfig]] = {
+    "gmoe": ("GMoE", "Li et al., ICLR 2023", GMoEConfig()),
+    "emoe": ("EMoE", "Qiu et al., 2023", EMoEConfig(experts=16)),  # which divide the hidden units of more networks than 24
+}
+"""Names, papers, and the layers in the student's network."""
+
 CANDIDATES: Mapping[str, Candidate] = {
     "erm": Candidate(NAMES["erm"], "Vapnik, 1998", _objective("erm"), LRS, by_image=True),
     **{key: Candidate(NAMES[key], paper, _objective(key), tried, by_image=True) for key, (paper, tried) in OBJECTIVES.items()},
+    **{
+        key: Candidate(name, paper, _objective("erm"), LRS, by_image=True, seen=partial(training.sparse_run, sparse=sparse))
+        for key, (name, paper, sparse) in SPARSE.items()
+    },
     "arm_cml": Candidate(
         "ARM-CML",
         ARM_PAPER,
@@ -344,6 +372,16 @@ CANDIDATES: Mapping[str, Candidate] = {
         ],
         beside=OURS,
     ),
+    **{
+        f"meta_dmoe_{key}": Candidate(
+            f"Meta-DMoE, {name} student",
+            f"Zhong et al., NeurIPS 2022; {paper}",
+            _ours_sparse(f"meta_dmoe_{key}"),
+            beside=("experts", "tokens", "aggregator"),
+            seen=partial(training.sparse_run, sparse=sparse),
+        )
+        for key, (name, paper, sparse) in SPARSE.items()
+    },
     "before": Candidate("Meta-DMoE before adapting", "Zhong et al., NeurIPS 2022", _before, by_image=True, beside=OURS),
     "zeros": Candidate("Meta-DMoE, target of zeros", "our control", _zeros, beside=["student"]),
     "oracle": Candidate("oracle: told the domain", "our control", _oracle, LRS, by_image=True, seen=training.told_run),
@@ -351,7 +389,8 @@ CANDIDATES: Mapping[str, Candidate] = {
 """By short names, in the order of the table."""
 
 GROUPS: Mapping[str, Sequence[str]] = {
-    "usual": tuple(key for key in CANDIDATES if key not in OBJECTIVES or key in ("coral", "irm")),
+    "usual": tuple(key for key in CANDIDATES if key in ("coral", "irm") or not (key in OBJECTIVES or key.endswith(tuple(SPARSE)))),
     "objectives": ("erm", *OBJECTIVES),
+    "sparse": ("erm", *SPARSE, "meta_dmoe", *(f"meta_dmoe_{key}" for key in SPARSE)),
 }
 """Several methods by one name; ``usual`` is what is compared where none are named."""

@@ -15,9 +15,10 @@ from dmoe.baselines.arm_cml import ArmCml, ContextNetwork
 from dmoe.baselines.arm_ll import ArmLl, LossNetwork
 from dmoe.baselines.arm_training import train_in_episodes
 from dmoe.baselines.unadapted import Unadapted
-from dmoe.config import ERMConfig, ObjectiveConfig, TrainingConfig
+from dmoe.config import EMoEConfig, ERMConfig, GMoEConfig, ObjectiveConfig, TrainingConfig
 from dmoe.data.told import told_domain
 from dmoe.distributed import ALONE
+from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.loop import Progress
 from dmoe.models.networks import Network
@@ -34,13 +35,35 @@ def train_plainly(run: Run, stage: Stage, *, training: TrainingConfig, objective
     Args:
         objective: what is minimised, see :mod:`dmoe.objectives`.
     """
+    network = network_trained_plainly(run, stage, training=training, objective=objective)
+    return Unadapted(Student(features=network.features, head=network.head, task=run.dataset.task))
+
+
+def network_trained_plainly(run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig) -> Network:
+    """See :func:`train_plainly`."""
     network = _network(run, stage, None)
 
     def train() -> Progress:
         return run.train_network(stage, network, torch.arange(len(run.source)), training, objective=objective)
 
     run.finished_or(train, stage, {"model": network})
-    return Unadapted(Student(features=network.features, head=network.head, task=run.dataset.task))
+    return network
+
+
+def sparse_run(run: Run, *, sparse: GMoEConfig | EMoEConfig) -> Run:
+    """The run with a sparse student.
+
+    Raises:
+        DoesNotApply: its student is no transformer, or the experts inside do not fit.
+    """
+    student = run.config.student
+    backbone = run.config.student_backbone.model_copy(update={"sparse": sparse})
+    changed = replace(run, config=run.config.model_copy(update={"student": student.model_copy(update={"backbone": backbone})}))
+    try:
+        changed.network(backbone, "check", to_train=False)
+    except UserError as error:
+        raise DoesNotApply(f"{sparse.kind}: {error}") from None
+    return changed
 
 
 def told_run(run: Run) -> Run:

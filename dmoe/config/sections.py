@@ -189,8 +189,8 @@ class CompareConfig(Section):
     """What --compare does with every method."""
 
     methods: tuple[str, ...] = ()
-    """Short names, for example [erm, tent, meta_dmoe], or groups of them: usual, and objectives, which is ERM and all that students
-    can be trained by; none: usual."""
+    """Short names, for example [erm, tent, meta_dmoe], or groups of them: usual; objectives, which is ERM and all that students
+    can be trained by; sparse, for students that are transformers: ERM and Meta-DMoE with dense and sparse ones; none: usual."""
     trials: Annotated[int, Field(ge=1, le=1000)] = 6
     """Settings tried on the validation domains, of each method at most so many."""
     trial_share: Annotated[float, Field(gt=0, le=1)] = 0.02

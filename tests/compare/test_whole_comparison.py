@@ -90,7 +90,10 @@ def test_groups_of_methods_have_one_name() -> None:
         *("erm", "coral", "irm", "mmd", "dann", "fish", "fishr", "group_dro", "miro", "swad")
     ]
     assert set(USUAL) & set(GROUPS["objectives"]) == {"erm", "coral", "irm"}
-    assert list(candidates_of(["objectives", "usual"])) == list(CANDIDATES)
+    sparse = ["gmoe", "emoe", "meta_dmoe_gmoe", "meta_dmoe_emoe"]
+    assert list(candidates_of(["sparse"])) == ["erm", "gmoe", "emoe", "meta_dmoe", "meta_dmoe_gmoe", "meta_dmoe_emoe"]
+    assert not set(USUAL) & set(sparse)
+    assert list(candidates_of(["objectives", "usual", *sparse])) == list(CANDIDATES)
     assert list(candidates_of(["tent", "objectives"])) == [key for key in CANDIDATES if key in {"tent", *GROUPS["objectives"]}]
 
 
