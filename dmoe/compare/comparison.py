@@ -46,7 +46,8 @@ def compare(
     tasks = {name_of(seed): Task([*run, *flags, "--seed", str(seed), "--run_dir", str(folder / name_of(seed))]) for seed in seeds}
     for seed in seeds:
         place = folder / name_of(seed)
-        for key, candidate in chosen.items():
+        # What trains first: it takes longest, and a process that has nothing else to do should not wait for it at the end.
+        for key, candidate in sorted(chosen.items(), key=lambda one: one[1].adapts_erm):
             needs = [name_of(seed)]
             needs += [f"{name_of(seed)}_erm"] if candidate.adapts_erm else []
             needs += [f"{name_of(seeds[0])}_{key}"] if chosen_by is None and seed != seeds[0] else []

@@ -63,6 +63,12 @@ def test_other_seeds_wait_for_the_first_one_which_chooses_the_settings(started: 
     assert all(Path(_after(started[f"seed_1_{key}"], "--chosen_by")).name == "seed_3" for key in USUAL)
 
 
+def test_what_trains_starts_before_what_adapts_the_student_that_one_of_them_trained(started: Mapping[str, Task]) -> None:
+    of_one_seed = [name.removeprefix("seed_3_") for name in started if name.startswith("seed_3_")]
+    adapting = [CANDIDATES[key].adapts_erm for key in of_one_seed]
+    assert adapting == sorted(adapting) and of_one_seed[0] == "erm"
+
+
 def _after(task: Task, flag: str) -> str:
     return task.arguments[list(task.arguments).index(flag) + 1]
 
