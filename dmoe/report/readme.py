@@ -1,6 +1,7 @@
 """The README's tables from the rows in ``docs/results``: what is told there is what was measured."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dmoe.console import say
@@ -12,7 +13,7 @@ from dmoe.report.rows import Protocol, Results, read_results
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 FIRST = "digits"
-"""The data set that comes first; the others by name."""
+"""What comes first; the others by title."""
 
 
 def rewrite(checkout: Path) -> None:
@@ -30,12 +31,12 @@ def rewrite(checkout: Path) -> None:
 
 
 def results_in(folder: Path) -> list[Results]:
-    """All results of a folder, a data set a file.
+    """All results of a folder, a comparison a file, whose name is the title: ``typefaces.jsonl``, ``digits-transformers.jsonl``.
 
     Raises:
         UserError: a file is damaged.
     """
-    found = [read_results(path) for path in sorted(folder.glob("*.jsonl"))]
+    found = [replace(read_results(path), dataset=path.stem.replace("-", ", ")) for path in sorted(folder.glob("*.jsonl"))]
     return sorted(found, key=lambda one: (one.dataset != FIRST, one.dataset))
 
 

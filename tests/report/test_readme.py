@@ -70,6 +70,13 @@ def test_each_data_set_has_a_part_digits_first(results: Results) -> None:
     assert len(tables(text)) == 4 + 3
 
 
+def test_a_comparison_is_called_as_its_file(tmp_path: Path) -> None:
+    for name in ("digits-transformers", "digits", "alps"):
+        (write_rows(tmp_path, plain_rows()) / "results.jsonl").rename(tmp_path / f"{name}.jsonl")
+    text = markdown(results_in(tmp_path))
+    assert [line for line in text.split("\n") if line.startswith("### ")] == ["### digits", "### alps", "### digits, transformers"]
+
+
 def test_cells_cannot_leave_their_table(tmp_path: Path) -> None:
     made = [{**row, "method": f"a|b<img src=x>{row['method']}"} for row in plain_rows()]
     text = markdown([read_results(write_rows(tmp_path, made) / "results.jsonl")])
