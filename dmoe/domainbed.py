@@ -22,6 +22,7 @@ from dmoe.console import say
 from dmoe.data.folders import read_listing
 from dmoe.data.registry import DEFAULT_FOLDER
 from dmoe.errors import UserError
+from dmoe.run_folder import RunFolder
 
 RESULTS = "results.jsonl"
 HELD_OUT = 0.2
@@ -115,36 +116,12 @@ def command(cell: Cell, out: Path, *, run: Sequence[str], overrides: Sequence[st
 
 def write_results(out: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Row]]:
     """``results.jsonl``: what each run found last, with the domain that it left out. What is not finished is left away."""
-    results = {cell: read_results(cell.folder(out)) for cell in cells if (cell.folder(out) / RESULTS).is_file()}
+    results = {cell: RunFolder(cell.folder(out)).last_results("target") for cell in cells if (cell.folder(out) / RESULTS).is_file()}
     rows = [{"protocol": "domainbed", "left_out": cell.domain, **row} for cell, found in results.items() for row in found.values()]
     if rows:
         write_json_lines(out / RESULTS, rows)
         say(f"{len(rows):,} results: {out / RESULTS}")
     return results
-
-
-def read_results(folder: Path) -> dict[str, Row]:
-    """The last result of each method on the target split.
-
-    Raises:
-        UserError: there are none, or a line is damaged.
-    """
-    path = folder / RESULTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    found: dict[str, Row] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if row["split"] == "target":
-                found[row["method"]] = row
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: line {number}: damaged: delete that line") from None
-    if not found:
-        raise UserError(f"{path}: holds no result on the target split")
-    return found
 
 
 def tables(results: Mapping[Cell, Mapping[str, Row]], *, domains: Sequence[str]) -> str:

@@ -235,6 +235,28 @@ class RunFolder:
     def results(self) -> Path:
         return self.path / "results.jsonl"
 
+    def last_results(self, split: str) -> dict[str, dict[str, Any]]:
+        """The newest row of each method on a split, in the order in which the methods first came.
+
+        Raises:
+            UserError: there are none, or a line is damaged.
+        """
+        try:
+            lines = self.results.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise UserError(f"{self.results}: cannot be read: {error.strerror}: run.py --test writes it") from None
+        found: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if row["split"] == split:
+                    found[row["method"]] = row
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(f"{self.results}: line {number}: damaged: delete that line") from None
+        if not found:
+            raise UserError(f"{self.results}: holds no result on the {split} split: run.py --test --split {split} makes them")
+        return found
+
     def append_result(self, row: Mapping[str, Any]) -> None:
         """Add a line to ``results.jsonl``, unless the very same result is there already."""
         line = json.dumps(row)

@@ -24,7 +24,7 @@ from dmoe.compare.tasks import Task, run_tasks
 from dmoe.config import CONFIG_FOLDER, Config, known_datasets, load_config
 from dmoe.errors import UserError
 from dmoe.run_folder import RunFolder
-from scripts.summarize import last_results, spread
+from scripts.summarize import spread
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 
@@ -107,7 +107,7 @@ class Ablation:
     def result(self, out: Path) -> Row | None:
         """What its run reached, if it is finished and was tested by this configuration."""
         try:
-            row = last_results(self.folder(out), "target").get("adapted")
+            row = RunFolder(self.folder(out)).last_results("target").get("adapted")
         except UserError:
             return None
         return row if row is not None and row["config"] == self.config.model_dump(mode="json") else None

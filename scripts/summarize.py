@@ -7,7 +7,6 @@ standard deviation is that of a sample (n - 1), as on the WILDS leaderboard.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
 from dmoe.errors import UserError
+from dmoe.run_folder import RunFolder
 
 
 def main() -> None:
@@ -24,30 +24,7 @@ def main() -> None:
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--split", default="target")
     options = parser.parse_args()
-    print(table([last_results(folder, options.split) for folder in options.run_dirs]))
-
-
-def last_results(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    """The newest row of each method on a split, in the order in which the methods first came.
-
-    Raises:
-        UserError: there are none.
-    """
-    path = folder / "results.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}: run.py --test writes it") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("method"), str):
-            raise UserError(f"{path}: damaged: row {number} is no result")
-    found = {row["method"]: row for row in rows if row.get("split") == split}
-    if not found:
-        raise UserError(f"{path}: holds no results on the {split} split: run.py --test --split {split} makes them")
-    return found
+    print(table([RunFolder(folder).last_results(options.split) for folder in options.run_dirs]))
 
 
 def table(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:

@@ -19,7 +19,7 @@ from dmoe.config import CONFIG_FOLDER, load_config
 from dmoe.data.base import DomainSplit
 from dmoe.data.files import ImageFiles
 from dmoe.data.registry import load_dataset
-from dmoe.domainbed import Cell, command, domains_of, leave_out, read_results, tables
+from dmoe.domainbed import Cell, command, domains_of, leave_out, tables
 from dmoe.errors import UserError
 from scripts.make_folder_sample import write_sample
 
@@ -161,27 +161,6 @@ def test_what_failed_is_told_and_what_is_finished_is_kept(
     with pytest.raises(UserError, match="some tasks failed"):
         leave(pictures, tmp_path / "out", seeds=[1])
     assert cells(capsys.readouterr().out)[1] == ["adapted", "52.0", "-", "72.0", "-"]
-
-
-def test_the_last_result_of_a_method_on_the_target_split_counts(tmp_path: Path) -> None:
-    rows = [row("adapted", 0.1), row("ERM student", 0.4), row("adapted", 0.2), row("adapted", 0.9, split="validation")]
-    found = read_results(write(tmp_path, *rows))
-    assert {method: one["overall"]["accuracy"] for method, one in found.items()} == {"adapted": 0.2, "ERM student": 0.4}
-
-
-@pytest.mark.parametrize("damage", ["{", "[]", '{"split": "target"}', "3"])
-def test_a_damaged_line_is_told_with_its_number(tmp_path: Path, damage: str) -> None:
-    write(tmp_path, row("adapted", 0.1))
-    with open(tmp_path / "results.jsonl", "a") as file:
-        file.write(damage)
-    with pytest.raises(UserError) as caught:
-        read_results(tmp_path)
-    assert one_line(caught).startswith(f"{tmp_path / 'results.jsonl'}: line 2: damaged")
-
-
-def test_results_on_other_splits_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no result on the target split"):
-        read_results(write(tmp_path, row("adapted", 0.1, split="validation")))
 
 
 def test_rows_are_methods_and_the_mean_is_over_domains_seed_by_seed() -> None:

@@ -225,3 +225,30 @@ def test_stage_whose_folder_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written"), Stage(tmp_path / "file" / "student", {}).alone():
         pass
+
+
+def row(method: str, score: float, split: str = "target") -> str:
+    return json.dumps({"method": method, "split": split, "mean": score}) + "\n"
+
+
+def test_the_last_result_of_a_method_on_a_split_counts(folder: RunFolder) -> None:
+    folder.results.write_text(row("adapted", 0.1) + row("plain", 0.4) + row("adapted", 0.2) + row("adapted", 0.9, "validation"))
+    found = folder.last_results("target")
+    assert [(method, one["mean"]) for method, one in found.items()] == [("adapted", 0.2), ("plain", 0.4)]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"split": "target"}', "3", "[" * 100_000, '{"split": "target", "method": []}'])
+def test_a_damaged_result_is_told_with_its_line(folder: RunFolder, damage: str) -> None:
+    folder.results.write_text(row("adapted", 0.1) + damage)
+    with pytest.raises(UserError) as caught:
+        folder.last_results("target")
+    assert one_line(caught).startswith(f"{folder.results}: line 2: damaged")
+
+
+@pytest.mark.parametrize("content", [None, "", row("adapted", 0.1, "validation")])
+def test_a_folder_without_results_of_the_split_is_told(folder: RunFolder, content: str | None) -> None:
+    if content is not None:
+        folder.results.write_text(content)
+    with pytest.raises(UserError) as caught:
+        folder.last_results("target")
+    assert str(folder.results) in one_line(caught) and "run.py --test" in one_line(caught)

@@ -1,7 +1,5 @@
 """Mean and standard deviation over runs, worked out here."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +11,6 @@ from scripts import summarize
 def row(method: str, value: float | None, *, replicate: str = "seed:1", **more: Any) -> dict[str, Any]:
     facts = {"dataset": "iwildcam", "split": "target", "replicate": replicate, "unit": "fraction", "reported": {"f": "macro F1"}}
     return {"method": method, **facts, "overall": {"f": value, "other": 0.0}, "mean": 0.5, "worst": 0.25, **more}
-
-
-def written(folder: Path, *rows: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
-
-
-def test_the_last_row_of_a_method_counts(tmp_path: Path) -> None:
-    folder = written(
-        tmp_path / "a", row("adapted", 0.1), row("plain", 0.3), row("adapted", 0.2), row("adapted", 0.9, split="other")
-    )
-    found = summarize.last_results(folder, "target")
-    assert {method: r["overall"]["f"] for method, r in found.items()} == {"adapted": 0.2, "plain": 0.3}
 
 
 def test_the_table_has_mean_and_sample_deviation() -> None:
@@ -72,12 +56,3 @@ def test_only_methods_that_every_run_has_are_told() -> None:
 def test_runs_that_do_not_belong_together_are_told(second: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         summarize.table([{"adapted": row("adapted", 0.2)}, second])
-
-
-@pytest.mark.parametrize("content", [None, "{", '{"method": "a", "split": "validation"}\n', ""])
-def test_a_folder_without_results_is_told_in_one_line(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "results.jsonl").write_text(content)
-    with pytest.raises(UserError) as caught:
-        summarize.last_results(tmp_path, "target")
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
