@@ -31,7 +31,7 @@ HELD_OUT = 0.2
 NOT_IN_PERCENT = ("r", "mse")
 EMPTY = "-"
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 """A line of results.jsonl."""
 
 
