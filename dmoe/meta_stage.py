@@ -145,7 +145,7 @@ def gradient_way(run: Run, learner: MetaLearner, name: str = "meta") -> Choice:
         return begun
     budget = memory_budget(device) if config.memory_gb is None else int(1e9 * config.memory_gb)
     facts = {
-        "student": run.config.student_backbone.model_dump(),
+        "student": run.config.student_backbone.model_dump(mode="json"),
         "aggregator": {key: value for key, value in as_inputs(run.config)["aggregator"].items() if key != "training"},
         "images": [*run.dataset.image_shape, config.support_size, config.query_size],
         "experts": run.config.experts.count,

@@ -101,7 +101,7 @@ class Run:
 
     @property
     def student_stage(self) -> Stage:
-        return self.folder.stage("student", self.facts("student", backbone=self.config.student_backbone.model_dump()))
+        return self.folder.stage("student", self.facts("student", backbone=self.config.student_backbone.model_dump(mode="json")))
 
     def expert_stage(self, number: int) -> Stage:
         return self.folder.expert(number, self.facts("experts", expert=number))

@@ -32,7 +32,7 @@ from dmoe.randomness import seed_of
 from scripts.make_folder_sample import write_sample
 
 DENSE = "student.backbone={name: small_vit}"
-GMOE = "student.backbone={name: small_vit, sparse: {kind: gmoe, experts: 3, balance_weight: 0.7}}"
+GMOE = "student.backbone={name: small_vit, sparse: {kind: gmoe, experts: 3, blocks: [0, 1], balance_weight: 0.7}}"
 EXPERTS = "experts.backbone={name: small_vit, sparse: {kind: emoe, experts: 8, top_k: 3}}"
 ERM_ALONE = ERMConfig()
 ONE_STEP = TrainingConfig.model_validate({"batch_size": 12, "duration": "1 steps", "optimizer": {"lr": 1e-9}})
@@ -89,7 +89,7 @@ def test_networks_without_a_balance_loss_add_nothing(tmp_path: Path, backbone: s
 
 
 def test_balance_makes_experts_be_used_alike(tmp_path: Path) -> None:
-    training = TrainingConfig.model_validate({"batch_size": 25, "duration": "60 steps", "optimizer": {"lr": 3e-3}})
+    training = TrainingConfig.model_validate({"batch_size": 25, "duration": "150 steps", "optimizer": {"lr": 3e-3}})
     spread = []
     for number, weight in enumerate(("0.0", "10.0")):
         run, network = trained(tmp_path / str(number), GMOE.replace("0.7", weight), training)
@@ -114,7 +114,7 @@ def test_all_stages_run_and_the_run_folder_gives_the_same_predictions(tmp_path: 
     describe(run.folder, run.dataset)
     assert "kind: gmoe" in (tmp_path / "config.yaml").read_text()
     trained_student = load_tensors(tmp_path / "meta" / "weights.safetensors")[0]
-    assert trained_student["student.features.blocks.2.mlp.w1"].shape == (3, 64, 256)
+    assert trained_student["student.features.blocks.1.mlp.w1"].shape == (3, 64, 256)
     assert load_tensors(tmp_path / "experts" / "expert_00" / "weights.safetensors")[0][
         "model.features.blocks.0.mlp.units"
     ].shape == (8, 32)
@@ -146,7 +146,7 @@ def test_a_dense_backbone_is_recorded_as_before_and_a_sparse_one_with_all_of_its
         "top_k": 1,
         "router": "cosine",
         "capacity_factor": None,
-        "blocks": "last_two",
+        "blocks": [0, 1],
         "gate_noise": 1.0,
         "balance_weight": 0.7,
         "dropout": 0.1,

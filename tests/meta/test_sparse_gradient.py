@@ -26,7 +26,7 @@ def network(kind: str) -> Network:
         top_k=2 if gmoe else 3,
         router="cosine" if gmoe else "average",
         capacity_factor=None,
-        blocks=(1, 2),
+        blocks=(0, 1),
         gate_noise=1.0,
         balance_weight=0.01,
         dropout=0.1,
@@ -138,5 +138,5 @@ def test_students_of_many_domains_in_one_pass_are_those_of_each(problem: Problem
 def test_a_routing_of_the_students_features_has_the_patches_of_all_images(problem: Problem) -> None:
     with routings(problem.network.features) as found:
         problem.network.features(problem.support)
-    assert list(found) == list(sparse_layers(problem.network.features)) == ["blocks.1.mlp", "blocks.2.mlp"]
-    assert all(len(routing.experts) == S * 9 for routing in found.values())
+    assert list(found) == list(sparse_layers(problem.network.features)) == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert all(len(routing.experts) == S * 4 for routing in found.values())

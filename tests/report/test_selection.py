@@ -13,6 +13,7 @@ from noise import run_in, steady_run_in, train
 from pages import Element, read, section, table
 from sklearn.metrics import normalized_mutual_info_score
 from sparse_settings import GMOE as SIX_EXPERTS
+from sparse_settings import four_blocks
 from torch import Tensor, nn
 
 import dmoe
@@ -23,7 +24,7 @@ from dmoe.data.transforms import ImageTransform
 from dmoe.errors import UserError
 from dmoe.model import describe
 from dmoe.models.networks import build_network
-from dmoe.models.sparse import SparseSettings, routings, sparse_layers
+from dmoe.models.sparse import SparseSettings, make_sparse, routings, sparse_layers
 from dmoe.report import svg
 from dmoe.report.evidence import gather
 from dmoe.report.page import build
@@ -33,12 +34,12 @@ from dmoe.report.selection_page import styles_of
 from dmoe.report.shown import read_evidence
 
 GMOE = replace(SIX_EXPERTS, experts=4, dropout=0.1)
-BACKBONE = "student.backbone={name: small_vit, sparse: {kind: gmoe, experts: 4}}"
+BACKBONE = "student.backbone={name: small_vit, sparse: {kind: gmoe, experts: 4, blocks: [0, 1]}}"
 
 
 def sparse_features(settings: SparseSettings = GMOE, shape: tuple[int, int, int] = (1, 4, 4)) -> nn.Module:
     torch.manual_seed(0)
-    return build_network("small_vit", image_shape=shape, num_outputs=3, sparse=settings).features.eval()
+    return make_sparse(four_blocks(shape), settings).eval()
 
 
 class Rigged(nn.Module):

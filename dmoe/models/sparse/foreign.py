@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dmoe.errors import UserError
 
-_FIRST = "patch_embed.proj.weight"
+_KNOWN = "pos_embed"
+"""Every such network has one; what stands before its name, stands before all names."""
 _TUTEL = {
     "experts.batched_fc1_w": "w1",
     "experts.batched_fc1_bias": "b1",
@@ -34,8 +35,8 @@ def as_features(tensors: Mapping[str, Tensor], *, own: Collection[str], where: s
     Raises:
         UserError: a tensor of Tutel's layer has a name or a shape that is not known.
     """
-    firsts = [name for name in tensors if name == _FIRST or name.endswith(f".{_FIRST}")]
-    prefix = firsts[0].removesuffix(_FIRST) if len(firsts) == 1 else ""
+    known = [name for name in tensors if name == _KNOWN or name.endswith(f".{_KNOWN}")]
+    prefix = known[0].removesuffix(_KNOWN) if len(known) == 1 else ""
     found = {}
     for full, tensor in tensors.items():
         if not full.startswith(prefix):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sparse_settings import EMOE, GMOE, changed
+from sparse_settings import EMOE, GMOE, changed, four_blocks
 from torch import Tensor, nn
 
 from dmoe.errors import UserError
@@ -17,7 +17,7 @@ SHAPE = (1, 14, 14)
 
 def vit(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    made = build_network("small_vit", image_shape=SHAPE, num_outputs=3).features
+    made = four_blocks(SHAPE)
     for parameter in made.parameters():  # biases begin at 0, norms at 1
         parameter.data += 0.05 * torch.randn_like(parameter)
     return made.eval()
@@ -156,7 +156,7 @@ def test_drop_path_rises_to_the_last_block_and_is_of_whole_images_in_training() 
     [
         (changed(EMOE, experts=7), r"^backbone\.sparse\.experts: 7 experts do not divide the hidden width 256"),
         (changed(EMOE, top_k=9), r"^backbone\.sparse\.top_k: must be <= sparse\.experts, 8, got 9"),
-        (changed(GMOE, blocks=(1, 4)), r"^backbone\.sparse\.blocks: there is no block 4, blocks are 0 to 3"),
+        (changed(GMOE, blocks=(1, 4)), r"^backbone\.sparse\.blocks: there is no block 4, blocks are 0 to 1"),
     ],
     ids=["hidden", "top_k", "block"],
 )
