@@ -96,7 +96,7 @@ def test_balance_makes_experts_be_used_alike(tmp_path: Path) -> None:
         with routings(network) as found:
             network(run.source.images(torch.arange(100)))
         spread.append(sum(routing.load.double().std().item() for routing in found.values()))
-    assert spread[1] < 0.5 * spread[0]
+    assert spread[1] < 0.6 * spread[0]
 
 
 def test_training_with_noise_and_dropout_is_the_same_again_and_by_domains_too(tmp_path: Path) -> None:
