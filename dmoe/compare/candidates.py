@@ -388,9 +388,11 @@ CANDIDATES: Mapping[str, Candidate] = {
 }
 """By short names, in the order of the table."""
 
+OF_SPARSE = (*SPARSE, *(f"meta_dmoe_{key}" for key in SPARSE))
+
 GROUPS: Mapping[str, Sequence[str]] = {
-    "usual": tuple(key for key in CANDIDATES if key in ("coral", "irm") or not (key in OBJECTIVES or key.endswith(tuple(SPARSE)))),
+    "usual": tuple(key for key in CANDIDATES if key in ("coral", "irm") or key not in (*OBJECTIVES, *OF_SPARSE)),
     "objectives": ("erm", *OBJECTIVES),
-    "sparse": ("erm", *SPARSE, "meta_dmoe", *(f"meta_dmoe_{key}" for key in SPARSE)),
+    "sparse": ("erm", "meta_dmoe", *OF_SPARSE),
 }
 """Several methods by one name; ``usual`` is what is compared where none are named."""
