@@ -293,6 +293,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def seconds_in(folder: Path) -> float | None:
+    """CPU seconds that the finished stages in a folder took, itself and all below it; None: there are none."""
+    manifests = sorted(folder.glob("**/manifest.json"))
+    return sum(float(read_json(manifest)["figures"]["cpu_seconds"]) for manifest in manifests) if manifests else None
+
+
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     found = {"python": platform.python_version()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dmoe.adaptation import Adapter
-from dmoe.artifacts import load_into, load_tensors, read_json, under_prefix
+from dmoe.artifacts import load_into, load_tensors, under_prefix
 from dmoe.baselines.batch_statistics import BatchStatistics
 from dmoe.baselines.eata import Eata
 from dmoe.baselines.lame import Lame
@@ -34,7 +34,7 @@ from dmoe.models.student import Student
 from dmoe.objectives import NAMES
 from dmoe.randomness import generator
 from dmoe.run import Run
-from dmoe.run_folder import Stage
+from dmoe.run_folder import Stage, seconds_in
 from dmoe.stages import load_experts, make_tokens, pretrain_aggregator, pretrain_student
 
 Settings = Mapping[str, Any]
@@ -104,8 +104,7 @@ class Trial:
     @property
     def training_seconds(self) -> float | None:
         """CPU seconds that the training took, with those in its folder; None where nothing was trained."""
-        found = sorted((self.stage.folder / self.name).glob("**/manifest.json")) if self.name else []
-        return sum(float(read_json(manifest)["figures"]["cpu_seconds"]) for manifest in found) if found else None
+        return seconds_in(self.stage.folder / self.name)
 
     def pretrained(self) -> Network:
         """The run's student as supervised training left it."""

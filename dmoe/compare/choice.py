@@ -17,7 +17,7 @@ from dmoe.config import Duration
 from dmoe.console import say
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.run import Run
-from dmoe.run_folder import RunFolder
+from dmoe.run_folder import RunFolder, seconds_in
 from dmoe.testing import finite
 
 FINALISTS = 2
@@ -150,6 +150,5 @@ def budget(run: Run) -> float:
 
 
 def seconds_of(run: Run, stage: str) -> float:
-    """CPU seconds of a stage, by its manifest, or the manifests in it."""
-    manifests = sorted((run.folder.path / stage).glob("**/manifest.json"))
-    return sum(float(read_json(manifest)["figures"]["cpu_seconds"]) for manifest in manifests)
+    """CPU seconds of a stage and of those in it."""
+    return seconds_in(run.folder.path / stage) or 0.0

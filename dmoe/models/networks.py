@@ -3,7 +3,7 @@
 Notation: images ``[B, C, H, W]``, features ``[B, D]``, logits ``[B, K]``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,19 @@ class SmallConv(nn.Sequential):
     """
 
     def __init__(self, *, image_shape: tuple[int, int, int], width: int = 64) -> None:
-        layers: list[nn.Module] = []
-        channels, height, breadth = image_shape
-        for filters, stride in ((16, 1), (32, 2), (64, 2), (64, 1)):
-            layers += [nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
-            channels, height, breadth = filters, -(-height // stride), -(-breadth // stride)
-        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * height * breadth, width))
+        channels, *size = image_shape
+        height, breadth = (-(-edge // 4) for edge in size)
+        layers = _convolutions(channels, ((16, 1), (32, 2), (64, 2), (64, 1)))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(64 * height * breadth, width))
+
+
+def _convolutions(channels: int, stages: Sequence[tuple[int, int]]) -> list[nn.Module]:
+    """3x3 convolutions of so many filters and such strides, each with batch-norm and ReLU."""
+    layers: list[nn.Module] = []
+    for filters, stride in stages:
+        layers += [nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+        channels = filters
+    return layers
 
 
 def small_vit(*, image_shape: tuple[int, int, int], width: int = 64) -> nn.Module:
@@ -100,9 +107,7 @@ class EarlyConvolutions(nn.Module):
     def __init__(self, *, img_size: tuple[int, int], in_chans: int, embed_dim: int, **_: Any) -> None:
         """The names are timm's, of what may stand in a transformer's ``embed_layer``."""
         super().__init__()
-        layers: list[nn.Module] = []
-        for inward, outward, stride in ((in_chans, 16, 1), (16, 32, 2), (32, embed_dim, 2)):
-            layers += [nn.Conv2d(inward, outward, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outward), nn.ReLU()]
+        layers = _convolutions(in_chans, ((16, 1), (32, 2), (embed_dim, 2)))
         self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
         height, breadth = (-(-edge // 4) for edge in img_size)
         self.grid_size, self.num_patches = (height, breadth), height * breadth
