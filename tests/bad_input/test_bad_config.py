@@ -73,7 +73,7 @@ def test_bad_yaml_is_told(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_presets_that_hold_themselves_are_told(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("data: &a {dir: *a}\npresets: {other: &b {data: &c {dir: *c}}}\n" + WHOLE)
+    (tmp_path / "x.yaml").write_text(WHOLE + "data: &a {dir: *a}\npresets: {other: &b {data: &c {dir: *c}}}\n")
     told = refusal(lambda: load_config(tmp_path / "x.yaml", ["preset=other"]))
     assert told is not None and "nested too deeply" in told
 
