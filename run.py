@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmoe.command_line import open_run, parser, read_config, run_dir_of, run_main
 from dmoe.errors import UserError
@@ -69,7 +69,8 @@ def train_all(run: "Run", options: argparse.Namespace) -> None:
     from experts.launch import train_all_experts
 
     if not options.load_trained_experts:
-        run.first(partial(train_all_experts, run, launcher=options.launcher, gpu=options.gpu, threads=options.threads))
+        threads = options.expert_threads or options.threads
+        run.first(partial(train_all_experts, run, launcher=options.launcher, gpu=options.gpu, threads=threads))
     experts = stages.load_experts(run)
     tokens = stages.make_tokens(run, experts)
     aggregator = stages.pretrain_aggregator(run, tokens, experts[0].width, only_load=options.load_pretrained_aggregator)
@@ -88,11 +89,14 @@ def compare(options: argparse.Namespace) -> None:
     config = read_config(options, RunFolder(folder / comparison.name_of(options.seeds[0])))
     if config.trains_one:
         raise UserError("--compare: it makes whole runs: method must be meta_dmoe; ERM and objectives are among its methods")
+    machine = _machine(options)
+    # Where there are more processes than runs, nothing else can be done at first.
+    experts = {"--expert_threads": machine["--threads"] * max(1, options.processes // len(options.seeds))}
     comparison.compare(
         folder,
         options.seeds,
-        run=[__file__, *_words(_what(options))],
-        flags=[*_words(_machine(options)), *options.overrides],
+        run=[__file__, *_words(_what(options) | experts)],
+        flags=[*_words(machine), *options.overrides],
         at_once=options.processes,
         methods=config.compare.methods,
         chosen_by=options.chosen_by,
@@ -119,7 +123,7 @@ def _what(options: argparse.Namespace) -> dict[str, object]:
     return {"--dataset": options.dataset, "--config": options.config}
 
 
-def _machine(options: argparse.Namespace) -> dict[str, object]:
+def _machine(options: argparse.Namespace) -> dict[str, Any]:
     """Flags of each of the processes that share this machine."""
     from dmoe.machine import cores
 
@@ -146,6 +150,9 @@ def read_options() -> argparse.Namespace:
         choices=("local", "ray", "slurm"),
         default="local",
         help="where experts train: on this machine (default), a Ray cluster, or as an array job of Slurm",
+    )
+    made.add_argument(
+        "--expert_threads", type=int, metavar="T", help="CPU threads of all experts on this machine together (default: --threads)"
     )
     made.add_argument("--load_trained_experts", action="store_true", help="use the experts that are there; train none")
     made.add_argument("--load_pretrained_aggregator", action="store_true", help="use the pretrained aggregator that is there")
@@ -181,6 +188,8 @@ def read_options() -> argparse.Namespace:
         raise UserError(f"{several}: it makes whole runs; --test, --dry_run, --load_... and --checkpoint_dir do not go with it")
     if options.processes < 1 or min(options.seeds, default=-1) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"{several or '--compare'}: --processes must be 1 at least, and --seeds whole numbers, each once")
+    if options.expert_threads is not None and options.expert_threads < 1:
+        raise UserError(f"--expert_threads: must be >= 1, got {options.expert_threads}")
     if options.chosen_by is not None and not (options.compare and options.chosen_by.is_file()):
         raise UserError(f"--chosen_by: {options.chosen_by}: it needs --compare, and must be a file of results")
     if options.checkpoint_dir is not None and not (options.test or loads):

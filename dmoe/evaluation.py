@@ -2,14 +2,14 @@
 
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dmoe.console import progress_over
-from dmoe.data.base import DomainDataset
+from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.streams import stored_images
 from dmoe.diagnosis import Diagnosis
 from dmoe.distributed import ALONE, World
@@ -92,62 +92,92 @@ def evaluate(
     workers: int = 0,
     world: World = ALONE,
 ) -> Evaluation:
-    """:func:`evaluate_all` of one method."""
-    return evaluate_all({"": method}, dataset, split, protocol, batch_size=batch_size, workers=workers, world=world)[""]
+    """:func:`evaluate_all` of one method by one protocol."""
+    methods, protocols = {"": method}, [protocol]
+    return evaluate_all(methods, dataset, split, protocols, batch_size=batch_size, workers=workers, world=world)[""][0]
 
 
 def evaluate_all(
     methods: Mapping[str, Method | WithTokens],
     dataset: DomainDataset,
     split: str,
-    protocol: Protocol,
+    protocols: Sequence[Protocol],
     *,
     batch_size: int,
     workers: int = 0,
     name: str | None = None,
     world: World = ALONE,
-) -> dict[str, Evaluation]:
-    """Adapt to unlabeled images and predict, as the protocol says. An image is read once, however many methods there are.
+) -> dict[str, list[Evaluation]]:
+    """Adapt to unlabeled images and predict, as each protocol says. What several protocols adapt to is adapted to once.
 
     Args:
-        methods: by names.
+        methods: by names; an image is read once for all of them.
         batch_size: images predicted at a time, where all of a domain are.
         workers: processes that read images ahead.
         name: of a progress bar; None: no bar.
         world: the processes that share the work; each ends with the whole result.
 
+    Returns:
+        Of each method, in the order of the protocols.
+
     Raises:
         UserError: support images are not scored and no domain has any others, or an image cannot be read.
     """
     images, task = dataset.splits[split], dataset.task
-    scored = protocol.scored(images)
-    here = world.share(protocol.chains(images, batch_size))
-    reads: list[Tensor] = []
-    for visit in (visit for chain in here for visit in chain):
-        reads += [visit.support, *(index for index in visit.predicted if index is not visit.support)]
-    batches = stored_images(images, reads, workers=workers)
+    scored = [protocol.scored(images) for protocol in protocols]
+    here = world.share(chains_of(protocols, images, batch_size))
+    batches = stored_images(images, [index for chain in here for step in chain for index in step.reads], workers=workers)
 
     kind = torch.float32 if task.kind == "regression" else torch.int64
-    predictions = {method: torch.zeros(len(images), dtype=kind) for method in methods}
-    diagnoses: dict[str, dict[int, Diagnosis]] = {method: {} for method in methods}
-    for chain in progress_over(here, name=name, unit="domain" if protocol.kind == "per domain" else "batch"):
+    predictions = {(method, number): torch.zeros(len(images), dtype=kind) for method in methods for number in range(len(protocols))}
+    diagnoses: dict[tuple[str, int], dict[int, Diagnosis]] = {key: {} for key in predictions}
+    for chain in progress_over(here, name=name, unit="domain" if protocols[0].kind == "per domain" else "batch"):
         students: dict[str, Student] = {}
-        for visit in chain:
+        for step in chain:
             unlabeled, before = next(batches), students
-            students = {each: _adapted(methods[each], unlabeled, visit.support, before.get(each)) for each in methods}
-            for method, student in students.items():
-                if student.diagnosis.ranges and protocol.kind == "per domain":
-                    diagnoses[method][int(images.domains[visit.predicted[0][0]])] = student.diagnosis
-            asked = before if before and protocol.predict == "before" else students
-            for index in visit.predicted:
-                batch = unlabeled if index is visit.support else next(batches)
+            students = {each: _adapted(methods[each], unlabeled, step.support, before.get(each)) for each in methods}
+            for number, index in step.predicted:
+                batch = unlabeled if torch.equal(index, step.support) else next(batches)
+                asked = before if before and protocols[number].predict == "before" else students
                 for method, student in asked.items():
-                    predictions[method][index] = task.predictions(student.logits(batch)).cpu().to(kind)
+                    predictions[method, number][index] = task.predictions(student.logits(batch)).cpu().to(kind)
+                    if student.diagnosis.ranges and protocols[number].kind == "per domain":
+                        diagnoses[method, number][int(images.domains[index[0]])] = student.diagnosis
     world.add_up(list(predictions.values()))  # zero but in one of the processes
     for others in world.gathered(diagnoses):
-        for method, found in others.items():
-            diagnoses[method] |= found
-    return {method: judged(dataset, split, predictions[method], scored, diagnoses[method]) for method in methods}
+        for key, found in others.items():
+            diagnoses[key] |= found
+    return {
+        method: [
+            judged(dataset, split, predictions[method, number], counted, diagnoses[method, number])
+            for number, counted in enumerate(scored)
+        ]
+        for method in methods
+    }
+
+
+@dataclass(frozen=True)
+class Step:
+    """Image numbers adapted to ``[B]``, and batches of them then predicted, each with the number of the protocol it is for."""
+
+    support: Tensor
+    predicted: list[tuple[int, Tensor]]
+
+    @property
+    def reads(self) -> list[Tensor]:
+        """The images in the order in which they are needed."""
+        return [self.support, *(index for _, index in self.predicted if not torch.equal(index, self.support))]
+
+
+def chains_of(protocols: Sequence[Protocol], split: DomainSplit, batch_size: int) -> list[list[Step]]:
+    """The chains of all protocols; those that adapt to the same images in the same order are one."""
+    chains: dict[tuple[bytes, ...], list[Step]] = {}
+    for number, protocol in enumerate(protocols):
+        for visits in protocol.chains(split, batch_size):
+            supports = tuple(visit.support.numpy().tobytes() for visit in visits)
+            for step, visit in zip(chains.setdefault(supports, [Step(visit.support, []) for visit in visits]), visits, strict=True):
+                step.predicted.extend((number, index) for index in visit.predicted)
+    return list(chains.values())
 
 
 def _adapted(method: Method | WithTokens, images: Tensor, index: Tensor, start: Student | None) -> Student:

@@ -113,15 +113,15 @@ class Run:
 
     def evaluate(self, method: Method | WithTokens, split: str, protocol: Protocol) -> Evaluation:
         """A method on a split."""
-        return self.evaluate_all({"": method}, split, protocol)[""]
+        return self.evaluate_all({"": method}, split, [protocol])[""][0]
 
     def evaluate_all(
-        self, methods: Mapping[str, Method | WithTokens], split: str, protocol: Protocol, *, name: str | None = None
-    ) -> dict[str, Evaluation]:
-        """Several methods on the same images; ``name`` is that of a progress bar."""
+        self, methods: Mapping[str, Method | WithTokens], split: str, protocols: Sequence[Protocol], *, name: str | None = None
+    ) -> dict[str, list[Evaluation]]:
+        """Several methods on the same images, by several protocols; ``name`` is that of a progress bar."""
         size = self.config.evaluation.batch_size
         return evaluate_all(
-            methods, self.dataset, split, protocol, batch_size=size, workers=self.workers, name=name, world=self.world
+            methods, self.dataset, split, protocols, batch_size=size, workers=self.workers, name=name, world=self.world
         )
 
     def train_network(

@@ -66,7 +66,7 @@ def test(run: Run, split: str = "target", *, published: PublishedFolder | None =
         main, weights = "adapted", trained.weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspectAdaptation)  # told below
-        evaluations = run.evaluate_all(methods, split, run.protocol, name="test")
+        evaluations = {name: found for name, (found,) in run.evaluate_all(methods, split, [run.protocol], name="test").items()}
     if not run.world.is_first:
         return
     settings, dataset = run.config.evaluation, run.dataset

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -161,10 +162,11 @@ def test_diagnoses_of_domains_are_kept_where_there_are_ranges() -> None:
             guess.diagnosis = Diagnosis({"a": float(guess.offset)}, {"a": Range(0.0, 2.0)}, images=len(images))
             return cast(Student, guess)
 
-    found = evaluate_all({"plain": Recorder(), "watched": Watched()}, dataset(Numbered()), "target", Protocol(2), batch_size=3)
-    assert found["plain"].diagnoses == {}
-    assert {domain: one.suspect for domain, one in found["watched"].diagnoses.items()} == {2: False, 7: False, 30: True}
-    assert torch.equal(found["watched"].predictions, found["plain"].predictions)
+    found = evaluate_all({"plain": Recorder(), "watched": Watched()}, dataset(Numbered()), "target", [Protocol(2)], batch_size=3)
+    (plain,), (watched,) = found["plain"], found["watched"]
+    assert plain.diagnoses == {}
+    assert {domain: one.suspect for domain, one in watched.diagnoses.items()} == {2: False, 7: False, 30: True}
+    assert torch.equal(watched.predictions, plain.predictions)
 
 
 def test_the_data_set_may_have_metrics_of_its_own() -> None:
@@ -205,13 +207,35 @@ def test_several_methods_share_one_reading_of_the_images() -> None:
 
     alone, shared = Counting(), Counting()
     one = evaluate(Recorder(), dataset(alone), "target", Protocol(2), batch_size=3)
-    found = evaluate_all({"a": Recorder(), "b": Recorder()}, dataset(shared), "target", Protocol(2), batch_size=3)
-    assert shared.read == alone.read == 10 + 2 + 2 + 1
+    found = evaluate_all({"a": Recorder(), "b": Recorder()}, dataset(shared), "target", [Protocol(2)], batch_size=3)
+    assert shared.read == alone.read == 10 + 2 + 2, "of domain 30 there is but one image"
     assert list(found) == ["a", "b"]
-    assert all(torch.equal(evaluation.predictions, one.predictions) for evaluation in found.values())
+    assert all(torch.equal(evaluation.predictions, one.predictions) for (evaluation,) in found.values())
 
 
-@pytest.mark.parametrize("support_from", [None, {2: 7, 7: 2, 30: 7}])
+class Remembering(Recorder):
+    """What it returns depends on all that was adapted to before."""
+
+    def adapt(self, images: Tensor, *, start: Student | None = None) -> Student:
+        guess = cast(Guess, super().adapt(images))
+        guess.offset += 2 * cast(Guess, start).offset if start is not None else 0
+        return cast(Student, guess)
+
+
+def test_protocols_together_say_what_each_says_alone_and_adapt_once_to_what_they_share() -> None:
+    once, moved = Protocol(2), Protocol(2, support_from={2: 7, 7: 30, 30: 2})
+    streams = [Protocol(2, kind="per batch", images=4), Protocol(2, kind="mixed stream"), Protocol(2, kind="label-skewed stream")]
+    lasting = [Protocol(2, kind="continual"), Protocol(2, kind="continual", predict="before")]
+    together = [once, replace(once, score_support=False), replace(once, support_size=1), moved, *streams, *lasting]
+    method = Remembering()
+    found = evaluate_all({"": method}, dataset(Numbered()), "target", together, batch_size=3)[""]
+    for protocol, evaluation in zip(together, found, strict=True):
+        alone = evaluate(Remembering(), dataset(Numbered()), "target", protocol, batch_size=3)
+        assert torch.equal(evaluation.predictions, alone.predictions) and evaluation.overall == alone.overall, str(protocol)
+    assert [method.supports.count(support) for support in ([1, 4], [0, 2], [1], [7, 9])] == [1 + 1, 1 + 1, 1, 1 + 1]
+
+
+@pytest.mark.parametrize("support_from", [None, {2: 7, 7: 30, 30: 2}])
 def test_stored_tokens_handed_over_are_those_of_the_support_images(support_from: dict[int, int] | None) -> None:
     class Told:
         def __init__(self) -> None:

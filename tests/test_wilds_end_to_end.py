@@ -553,9 +553,11 @@ def test_published_checkpoints_are_tested_as_a_straight_line_of_torch_does(
     methods: dict[str, Method] = {}
     original = Run.evaluate_all
 
-    def watched(run: Run, tested: Mapping[str, Method], split: str, protocol: Protocol, **more: Any) -> dict[str, Evaluation]:
+    def watched(
+        run: Run, tested: Mapping[str, Method], split: str, protocols: Sequence[Protocol], **more: Any
+    ) -> dict[str, list[Evaluation]]:
         methods.update(tested)
-        return original(run, tested, split, protocol, **more)
+        return original(run, tested, split, protocols, **more)
 
     monkeypatch.setattr(Run, "evaluate_all", watched)
     words = [f"data.image_size={SIZE}", "data.workers=0", f"meta.inner_lr={INNER_LR[name]}", "experts.backbone.weights=none"]

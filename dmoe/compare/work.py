@@ -84,16 +84,16 @@ def _compared(run: Run, stage: Stage, key: str, candidate: Candidate, chosen_by:
 
 def by_every_protocol(run: Run, method: Method, candidate: Candidate) -> Iterator[tuple[Protocol, Evaluation]]:
     """The method on the target domains by every protocol. The first is the main one."""
-    main = run.protocol
-    split = run.dataset.splits["target"]
-    once = run.evaluate(method, "target", main)
+    main, others = run.protocol, protocols(run)
+    # The same predictions, or the same but for which of them count, need not be made again.
+    apart = [each for each in others if not candidate.by_image and replace(each, score_support=main.score_support) != main]
+    once, *evaluations = run.evaluate_all({"": method}, "target", [main, *apart])[""]
     yield main, once
-    for protocol in protocols(run):
-        alike = candidate.by_image or replace(protocol, score_support=main.score_support) == main
-        if alike:  # the same predictions, or the same but for which of them count
-            yield protocol, judged(run.dataset, "target", once.predictions, protocol.scored(split))
+    for protocol in others:
+        if protocol in apart:
+            yield protocol, evaluations[apart.index(protocol)]
         else:
-            yield protocol, run.evaluate(method, "target", protocol)
+            yield protocol, judged(run.dataset, "target", once.predictions, protocol.scored(run.dataset.splits["target"]))
 
 
 def protocols(run: Run) -> list[Protocol]:

@@ -103,12 +103,30 @@ def test_groups_of_methods_have_one_name() -> None:
     assert list(candidates_of(["tent", "objectives"])) == [key for key in CANDIDATES if key in {"tent", *GROUPS["objectives"]}]
 
 
+@pytest.mark.parametrize(("processes", "seeds", "threads"), [(2, [1], "2"), (4, [1, 2], "2"), (2, [1, 2, 3], "1")])
+def test_experts_take_the_cores_that_other_runs_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int, seeds: list[int], threads: str
+) -> None:
+    import run
+    from dmoe.report import __main__ as report
+
+    seen: dict[str, list[str]] = {}
+    monkeypatch.setattr(comparison, "compare", lambda folder, seeds, **words: seen.update(words))
+    monkeypatch.setattr(report, "main", lambda words: None)
+    words = ["--compare", "--processes", str(processes), "--threads", "1", "--run_dir", str(tmp_path), "--seeds", *map(str, seeds)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    run.main()
+    assert seen["run"][seen["run"].index("--expert_threads") + 1] == threads
+    assert seen["flags"][seen["flags"].index("--threads") + 1] == "1"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--test"], "--compare: it makes whole runs"),
         (["--seeds", "1", "1"], "each once"),
         (["--processes", "0"], "--processes must be 1 at least"),
+        (["--expert_threads", "0"], "--expert_threads: must be >= 1"),
         (["compare.trials=0"], "compare.trials"),
         (['compare.methods=["tenta"]'], "'tenta' is unknown"),
     ],
