@@ -1,5 +1,6 @@
 """Reading a configuration: YAML, presets, overrides; and what is wrong with it, in one line."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,19 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, and no more of it than the text is long."""
+    """Plain data, no more of it than the text is long, and no field twice in a section."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._seen: set[int] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if id(node) not in self._seen:  # sections that others take in come again, with what they took in themselves
+            self._seen.add(id(node))
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = [name for name, count in names.items() if count > 1]
+            if twice:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice in one section", node.start_mark)
         super().flatten_mapping(node)
         if len(node.value) > MERGED_AT_MOST:  # sections that take one another in twice double their size each time
             raise yaml.constructor.ConstructorError(None, None, f"more than {MERGED_AT_MOST} merged fields", node.start_mark)

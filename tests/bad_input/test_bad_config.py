@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dmoe.config import load_config, validate_config
 from dmoe.errors import UserError
 
-WHOLE = (ROOT / "configs" / "digits.yaml").read_text(encoding="utf-8")
+WHOLE = (ROOT / "configs" / "digits.yaml").read_text(encoding="utf-8").partition("presets:")[0]
 FIELDS = yaml.safe_load(WHOLE)
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -58,6 +58,8 @@ TEXTS: dict[str, str] = {
     "a value": "3",
     "a text": "hello",
     "no presets": WHOLE + "presets: 3\n",
+    "a field twice": WHOLE + "seed: 2\n",
+    "a field of a section twice": WHOLE + "data: {dir: a, dir: b}\n",
     "a large file": WHOLE + "#" * 200_000,
 }
 
