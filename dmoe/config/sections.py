@@ -193,7 +193,7 @@ class CompareConfig(Section):
     can be trained by; sparse, for students that are transformers: ERM and Meta-DMoE with dense and sparse ones; none: usual."""
     trials: Annotated[int, Field(ge=1, le=1000)] = 6
     """Settings tried on the validation domains, of each method at most so many."""
-    trial_share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    trial_share: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Length of a training that tries a setting, as part of the CPU time of all stages of a run together."""
     support_sizes: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Unlabeled images of a target domain to adapt to, beside the run's own number."""
