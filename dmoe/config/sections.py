@@ -36,6 +36,9 @@ class DataConfig(Section):
     """Where they are kept, for all runs that read the same files; null: .decoded beside the data. May be deleted at any time."""
     skip_unreadable: bool = False
     """Read every image once at the start, and leave out those that cannot be read; false: the first such image is an error."""
+    angles: Literal["between", "beyond"] = "between"
+    """digits only: how scanners that are tested on turn the sheet: between those that are trained on, or by 110 to 130 degrees, where
+    0 to 90 were trained on."""
     fold: Literal["A", "B", "C", "D", "E"] = "A"
     """poverty only: which countries are source, validation and target."""
     target_domains: tuple[str, ...] = ()

