@@ -37,8 +37,7 @@ class DataConfig(Section):
     skip_unreadable: bool = False
     """Read every image once at the start, and leave out those that cannot be read; false: the first such image is an error."""
     angles: Literal["between", "beyond"] = "between"
-    """digits only: how scanners that are tested on turn the sheet: between those that are trained on, or by 110 to 130 degrees, where
-    0 to 90 were trained on."""
+    """digits only: how scanners tested on turn the sheet: between those trained on, or by 110 to 130 degrees after 0 to 90."""
     fold: Literal["A", "B", "C", "D", "E"] = "A"
     """poverty only: which countries are source, validation and target."""
     target_domains: tuple[str, ...] = ()
