@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmoe.command_line import open_run, parser, read_config, run_dir_of, run_main
+from dmoe.command_line import MOST_THREADS, check_threads, open_run, parser, read_config, run_dir_of, run_main
 from dmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def compare(options: argparse.Namespace) -> None:
         raise UserError("--compare: it makes whole runs: method must be meta_dmoe; ERM and objectives are among its methods")
     machine = _machine(options)
     # Where there are more processes than runs, nothing else can be done at first.
-    experts = {"--expert_threads": machine["--threads"] * max(1, options.processes // len(options.seeds))}
+    beside = max(1, options.processes // len(options.seeds))
+    experts = {"--expert_threads": min(MOST_THREADS, machine["--threads"] * beside)}
     comparison.compare(
         folder,
         options.seeds,
@@ -188,8 +189,7 @@ def read_options() -> argparse.Namespace:
         raise UserError(f"{several}: it makes whole runs; --test, --dry_run, --load_... and --checkpoint_dir do not go with it")
     if options.processes < 1 or min(options.seeds, default=-1) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"{several or '--compare'}: --processes must be 1 at least, and --seeds whole numbers, each once")
-    if options.expert_threads is not None and options.expert_threads < 1:
-        raise UserError(f"--expert_threads: must be >= 1, got {options.expert_threads}")
+    check_threads("--expert_threads", options.expert_threads)
     if options.chosen_by is not None and not (options.compare and options.chosen_by.is_file()):
         raise UserError(f"--chosen_by: {options.chosen_by}: it needs --compare, and must be a file of results")
     if options.checkpoint_dir is not None and not (options.test or loads):

@@ -176,9 +176,7 @@ def read_config(options: argparse.Namespace, folder: "RunFolder", *, finished: b
     if options.config is None and options.dataset is not None and options.dataset not in known_datasets():
         raise UserError(f"--dataset: {options.dataset!r} is unknown; known: {', '.join(known_datasets())}")
     config = load_config(path, options.overrides, dataset=options.dataset, seed=options.seed, data__dir=_text(options.data_dir))
-    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
-        bound = ">= 1" if options.threads < 1 else f"<= {MOST_THREADS}"
-        raise UserError(f"--threads: must be {bound}, got {options.threads}")
+    check_threads("--threads", options.threads)
     return config
 
 
@@ -203,6 +201,16 @@ def _groups(
     if recorded.exists() and theirs != groups:
         raise UserError(f"{recorded}: it shares out the domains otherwise than {published.folder}: choose another --run_dir")
     return theirs
+
+
+def check_threads(flag: str, threads: int | None) -> None:
+    """
+    Raises:
+        UserError: so many CPU threads cannot be.
+    """
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        bound = ">= 1" if threads < 1 else f"<= {MOST_THREADS}"
+        raise UserError(f"{flag}: must be {bound}, got {threads}")
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

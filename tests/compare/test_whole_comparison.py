@@ -127,6 +127,7 @@ def test_experts_take_the_cores_that_other_runs_leave(
         (["--seeds", "1", "1"], "each once"),
         (["--processes", "0"], "--processes must be 1 at least"),
         (["--expert_threads", "0"], "--expert_threads: must be >= 1"),
+        (["--expert_threads", "1000000000000"], "--expert_threads: must be <= 4096"),
         (["compare.trials=0"], "compare.trials"),
         (['compare.methods=["tenta"]'], "'tenta' is unknown"),
     ],
