@@ -157,16 +157,27 @@ def _oracle(trial: Trial, settings: Settings) -> Method:
     return training.train_oracle(trial.run, trial.place(settings), training=trial.training(settings))
 
 
-def _objective(name: str) -> Callable[[Trial, Settings], Method]:
-    """Training from the start by an objective; settings are fields of it, or parts of the training, see :data:`IN_STEPS`."""
+def _objective(name: str, *, goes_on: bool = False) -> Callable[[Trial, Settings], Method]:
+    """Training by an objective; settings are fields of it, or parts of the training, see :data:`IN_STEPS`.
+
+    Args:
+        goes_on: from the run's student as supervised training left it, which MIRO can stay near to if nothing else is pretrained.
+    """
 
     def make(trial: Trial, settings: Settings) -> Method:
-        if name == "miro" and trial.run.config.student_backbone.weights == "none":
-            raise DoesNotApply("MIRO: the student begins with random weights, and has no pretrained ones to stay near to")
+        if name == "miro" and goes_on != (trial.run.config.student_backbone.weights == "none"):
+            raise DoesNotApply(
+                "MIRO: the student begins with pretrained weights, and stays near to those"
+                if goes_on
+                else "MIRO: the student begins with random weights, and has no pretrained ones to stay near to"
+            )
         own = {key: value for key, value in settings.items() if key not in (*OF_THE_OPTIMIZER, *IN_STEPS)}
         own |= {field: round(settings[key] * trial.duration.steps(1)) for key, field in IN_STEPS.items() if key in settings}
         how = trial.training(settings, evaluate_every=SWAD_LOOKS if name == "swad" else None)
-        return training.train_plainly(trial.run, trial.place(settings), training=how, objective=objective_of(name, own))
+        begun = trial.pretrained() if goes_on else None
+        return training.train_plainly(
+            trial.run, trial.place(settings), training=how, objective=objective_of(name, own), pretrained=begun
+        )
 
     return make
 
@@ -247,6 +258,14 @@ SPARSE: Mapping[str, tuple[str, str, GMoEConfig | EMoEConfig]] = {
 CANDIDATES: Mapping[str, Candidate] = {
     "erm": Candidate(NAMES["erm"], "Vapnik, 1998", _objective("erm"), LRS, by_image=True),
     **{key: Candidate(NAMES[key], paper, _objective(key), tried, by_image=True) for key, (paper, tried) in OBJECTIVES.items()},
+    "miro_of_student": Candidate(
+        "MIRO, from the pretrained student",
+        OBJECTIVES["miro"][0],
+        _objective("miro", goes_on=True),
+        OBJECTIVES["miro"][1],
+        by_image=True,
+        beside=["student"],
+    ),
     **{
         key: Candidate(name, paper, _objective("erm"), LRS, by_image=True, seen=partial(training.sparse_run, sparse=sparse))
         for key, (name, paper, sparse) in SPARSE.items()
@@ -387,11 +406,13 @@ CANDIDATES: Mapping[str, Candidate] = {
 }
 """By short names, in the order of the table."""
 
+OF_OBJECTIVES = (*OBJECTIVES, "miro_of_student")
+
 OF_SPARSE = (*SPARSE, *(f"meta_dmoe_{key}" for key in SPARSE))
 
 GROUPS: Mapping[str, Sequence[str]] = {
-    "usual": tuple(key for key in CANDIDATES if key in ("coral", "irm") or key not in (*OBJECTIVES, *OF_SPARSE)),
-    "objectives": ("erm", *OBJECTIVES),
+    "usual": tuple(key for key in CANDIDATES if key in ("coral", "irm") or key not in (*OF_OBJECTIVES, *OF_SPARSE)),
+    "objectives": ("erm", *OF_OBJECTIVES),
     "sparse": ("erm", "meta_dmoe", *OF_SPARSE),
 }
 """Several methods by one name; ``usual`` is what is compared where none are named."""

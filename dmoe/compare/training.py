@@ -29,19 +29,24 @@ from dmoe.run import Run
 from dmoe.run_folder import Stage
 
 
-def train_plainly(run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig) -> Method:
+def train_plainly(
+    run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig, pretrained: Network | None = None
+) -> Method:
     """Supervised training, as the student's, for as long as ``training`` says.
 
     Args:
         objective: what is minimised, see :mod:`dmoe.objectives`.
+        pretrained: the student whose weights are begun with; None: the student's initial ones.
     """
-    network = network_trained_plainly(run, stage, training=training, objective=objective)
+    network = network_trained_plainly(run, stage, training=training, objective=objective, pretrained=pretrained)
     return Unadapted(Student(features=network.features, head=network.head, task=run.dataset.task))
 
 
-def network_trained_plainly(run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig) -> Network:
+def network_trained_plainly(
+    run: Run, stage: Stage, *, training: TrainingConfig, objective: ObjectiveConfig, pretrained: Network | None = None
+) -> Network:
     """See :func:`train_plainly`."""
-    network = _network(run, stage, None)
+    network = _network(run, stage, pretrained)
 
     def train() -> Progress:
         return run.train_network(stage, network, torch.arange(len(run.source)), training, objective=objective)

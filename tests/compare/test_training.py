@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from noise import run_in
+from noise import run_in, steady_run_in
 
 from dmoe.compare import training as trainings
-from dmoe.compare.candidates import CANDIDATES, FULL, GROUPS, IN_STEPS, OF_THE_OPTIMIZER, Trial
+from dmoe.compare.candidates import CANDIDATES, FULL, IN_STEPS, OF_THE_OPTIMIZER, Trial
 from dmoe.compare.training import (
     told_run,
     train_arm_bn,
@@ -25,11 +25,13 @@ from dmoe.data import digits
 from dmoe.errors import DoesNotApply, UserError
 from dmoe.evaluation import Method
 from dmoe.models.networks import Network
+from dmoe.objectives import NAMES
 from dmoe.protocols import Protocol
 from dmoe.run import Run
 from dmoe.run_folder import RunFolder
+from dmoe.stages import pretrain_student
 
-OBJECTIVES = GROUPS["objectives"]
+OBJECTIVES = tuple(NAMES)
 KINDS = (*OBJECTIVES, "oracle", "ARM-CML", "ARM-BN", "ARM-LL")
 FIELDS = {
     "coral": {"penalty": 0.1, "domains": 3},
@@ -139,6 +141,26 @@ def test_miro_is_none_for_a_student_without_pretrained_weights(tmp_path: Path) -
     trial = Trial(run, run.folder.stage("miro", {}), name=FULL, duration=Duration(2, "steps"))
     with pytest.raises(DoesNotApply, match="has no pretrained ones to stay near to"):
         CANDIDATES["miro"].make(trial, {"penalty": 0.1})
+
+
+def test_miro_stays_near_to_the_student_where_nothing_else_is_pretrained(tmp_path: Path) -> None:
+    run = steady_run_in(tmp_path)
+    pretrained, images = pretrain_student(run).eval(), run.source.images(torch.arange(16))
+
+    def moved(penalty: float, steps: int = 60) -> float:
+        trial = Trial(run, run.folder.stage(f"{penalty}, {steps}", {}), name=FULL, duration=Duration(steps, "steps"))
+        student = CANDIDATES["miro_of_student"].make(trial, {"penalty": penalty}).adapt(images)
+        return float((student.features(images) - pretrained.features(images)).square().mean().detach())
+
+    assert moved(1.0, steps=0) == 0
+    assert moved(10.0) < moved(1e-6) / 2
+
+
+def test_miro_leaves_the_student_where_weights_are_pretrained(tmp_path: Path) -> None:
+    run = run_in(tmp_path, "student.backbone={name: resnet18, weights: pretrained}")
+    trial = Trial(run, run.folder.stage("miro", {}), name=FULL, duration=Duration(2, "steps"))
+    with pytest.raises(DoesNotApply, match="begins with pretrained weights, and stays near to those"):
+        CANDIDATES["miro_of_student"].make(trial, {"penalty": 0.1})
 
 
 def test_oracle_needs_numbers_that_describe_domains(tmp_path: Path) -> None:

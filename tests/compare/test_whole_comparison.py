@@ -93,7 +93,7 @@ def test_methods_come_in_the_order_of_the_table() -> None:
 
 def test_groups_of_methods_have_one_name() -> None:
     assert list(candidates_of(["objectives"])) == [
-        *("erm", "coral", "irm", "mmd", "dann", "fish", "fishr", "group_dro", "miro", "swad")
+        *("erm", "coral", "irm", "mmd", "dann", "fish", "fishr", "group_dro", "miro", "swad", "miro_of_student")
     ]
     assert set(USUAL) & set(GROUPS["objectives"]) == {"erm", "coral", "irm"}
     sparse = ["gmoe", "emoe", "meta_dmoe_gmoe", "meta_dmoe_emoe"]
