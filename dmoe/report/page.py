@@ -1,6 +1,7 @@
 """One self-contained page about a comparison or a run: no network, no scripts; what is missing is said in a sentence."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def build(folder: Path) -> str:
     """
     comparison = Comparison(read_results(folder / "results.jsonl"))
     evidence, run = read_evidence(folder / "evidence.json"), run_folders(folder)[0]
+    config = config_text(run)
     unit, dataset = unit_of(comparison.results), comparison.results.dataset
     adapts = not comparison.is_alone
     sections = [
@@ -81,13 +83,15 @@ def build(folder: Path) -> str:
         trials_section(comparison, unit),
         published_section(dataset),
         notes_section(comparison),
-        made_of_section(comparison, config_text(run)),
+        made_of_section(comparison, config),
     ]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # our own file
     title = f"{'Meta-DMoE' if comparison.ours else 'Methods' if adapts else comparison.methods[0]} on {dataset}"
+    preset = re.search(r"^preset: (\w+)$", config or "", re.MULTILINE)
+    title += f", preset {preset[1]}" if preset else ""
     return environment.get_template("page.html").render(title=title, said=headline(comparison), sections=sections, style=style)
 
 

@@ -9,6 +9,7 @@ from dmoe.errors import UserError
 from dmoe.report.comparison import GROUPS, TEST_TIME, Comparison, Unit, counted, headline, is_first, protocol_text, unit_of
 from dmoe.report.files import text_of, write_whole
 from dmoe.report.rows import Protocol, Results, read_results
+from dmoe.report.statistics import Spread
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -109,12 +110,22 @@ def _protocols(comparison: Comparison, unit: Unit) -> str:
     if not cells:
         return ""
     protocols, main = comparison.protocols(), comparison.main
+    told = {name: line for name, line in cells.items() if name == comparison.baseline or not _never_moves(line, protocols)}
     head = [f"{unit.name}, by protocol", *(_heading(protocol, main) for protocol in protocols)]
-    table = _table(head, [[name, *map(unit.spread, line)] for name, line in cells.items()], strong=comparison.ours)
+    table = _table(head, [[name, *map(unit.spread, line)] for name, line in told.items()], strong=comparison.ours)
     in_batches = sorted({protocol.images for protocol in protocols if protocol.images is not None})
     said = f"{main.support_size} images at a time, predicted after the update, all of a domain, unless a column says otherwise."
     said += "".join(f" *: batches of the first {count} images of each domain." for count in in_batches)
+    said += " What treats each image by itself is left out but for the baseline." if len(told) < len(cells) else ""
     return f"{table}\n\n{said}"
+
+
+def _never_moves(line: Sequence[Spread | None], protocols: Sequence[Protocol]) -> bool:
+    """Whether results are the same by all protocols that score the same images, and there are such."""
+    found: dict[tuple[int | None, bool], set[float | None]] = {}
+    for protocol, cell in zip(protocols, line, strict=True):
+        found.setdefault((protocol.images, protocol.score_support), set()).add(None if cell is None else cell.mean)
+    return len(found) < len(line) and all(len(means) == 1 for means in found.values())
 
 
 def _heading(protocol: Protocol, main: Protocol) -> str:

@@ -52,6 +52,13 @@ def test_the_table_read_back_says_what_the_rows_say(folder: Path, page: Element)
             )
 
 
+def test_a_preset_is_in_the_title(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "comparison")
+    assert read(build(folder)).all("title")[0].text == "Meta-DMoE on digits"
+    (folder / "seed_1" / "config.yaml").write_text("dataset: digits\npreset: beyond\n")
+    assert read(build(folder)).all("title")[0].text == "Meta-DMoE on digits, preset beyond"
+
+
 def test_all_sections_are_there_and_in_the_contents(page: Element) -> None:
     assert [one.attributes["id"] for one in page.all("section")] == SECTIONS
     assert [one.attributes["href"] for one in page.all("nav")[0].all("a")] == [f"#{name}" for name in SECTIONS]

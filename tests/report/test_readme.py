@@ -63,6 +63,20 @@ def test_there_is_a_table_of_support_sizes_protocols_and_ablations(results: Resu
     assert "Meta-DMoE is first by more than the interval" in text
 
 
+@pytest.mark.parametrize(("steady", "left"), [("T3A", "T3A"), ("ERM", None)])
+def test_by_protocols_only_what_differs_and_the_baseline_are_told(tmp_path: Path, steady: str, left: str | None) -> None:
+    made = rows(seeds=2, domains=3)
+    tests = [row for row in made if row["kind"] == "test" and row["method"] == steady]
+    alike = {(row["seed"], row["images"], row["score_support"]): row["mean"] for row in tests}
+    for row in tests:
+        row["mean"] = alike[row["seed"], row["images"], row["score_support"]]
+    text = markdown([read_results(write_rows(tmp_path, made) / "results.jsonl")])
+    protocols = next(table for table in tables(text) if table[0][0] == "accuracy, %, by protocol")
+    known = {row["method"] for row in made if row["kind"] == "test" and row["protocol"] != "per domain"}
+    assert known - {row[0] for row in protocols[1:]} == ({left} if left else set())
+    assert ("treats each image by itself is left out" in text) == (left is not None)
+
+
 def test_each_data_set_has_a_part_digits_first(results: Results) -> None:
     other = Results("alps", results.tests, (), ())
     text = markdown([results, other])
