@@ -5,7 +5,6 @@ Settings are a few around the published ones; what they mean is said where the m
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +135,8 @@ class Candidate:
         tried: settings, the published or usual ones first.
         by_image: it treats each image by itself, so that protocols change nothing but what is scored.
         beside: stages of the run that it goes on from or adapts, whose CPU time counts as its own.
-        seen: the run as the method sees it.
+        sparse: layers that the student's network has; None: none.
+        told: whether images say which domain they are of.
     """
 
     name: str
@@ -145,7 +145,18 @@ class Candidate:
     tried: Sequence[Settings] = ({},)
     by_image: bool = False
     beside: Sequence[str] = ()
-    seen: Callable[[Run], Run] = lambda run: run
+    sparse: GMoEConfig | EMoEConfig | None = None
+    told: bool = False
+
+    def seen(self, run: Run) -> Run:
+        """The run as the method sees it.
+
+        Raises:
+            DoesNotApply: its student cannot be sparse.
+            UserError: nothing is known of the domains of its data set.
+        """
+        run = training.told_run(run) if self.told else run
+        return training.sparse_run(run, sparse=self.sparse) if self.sparse else run
 
     @property
     def adapts_erm(self) -> bool:
@@ -267,7 +278,7 @@ CANDIDATES: Mapping[str, Candidate] = {
         beside=["student"],
     ),
     **{
-        key: Candidate(name, paper, _objective("erm"), LRS, by_image=True, seen=partial(training.sparse_run, sparse=sparse))
+        key: Candidate(name, paper, _objective("erm"), LRS, by_image=True, sparse=sparse)
         for key, (name, paper, sparse) in SPARSE.items()
     },
     "arm_cml": Candidate(
@@ -396,13 +407,13 @@ CANDIDATES: Mapping[str, Candidate] = {
             f"Zhong et al., NeurIPS 2022; {paper}",
             _ours_sparse(f"meta_dmoe_{key}"),
             beside=("experts", "tokens", "aggregator"),
-            seen=partial(training.sparse_run, sparse=sparse),
+            sparse=sparse,
         )
         for key, (name, paper, sparse) in SPARSE.items()
     },
     "before": Candidate("Meta-DMoE before adapting", "Zhong et al., NeurIPS 2022", _before, by_image=True, beside=OURS),
     "zeros": Candidate("Meta-DMoE, target of zeros", "our control", _zeros, beside=["student"]),
-    "oracle": Candidate("oracle: told the domain", "our control", _oracle, LRS, by_image=True, seen=training.told_run),
+    "oracle": Candidate("oracle: told the domain", "our control", _oracle, LRS, by_image=True, told=True),
 }
 """By short names, in the order of the table."""
 

@@ -43,6 +43,7 @@ def compare_one(run: Run, key: str, *, chosen_by: Path) -> None:
     config = run.config.compare
     facts = run.facts(*OURS, compare=config.model_dump(mode="json", exclude={"methods"}), method=key)
     facts |= {"tried": [dict(one) for one in candidate.tried], "made_from": made_from(run)}
+    facts |= {"sparse": candidate.sparse.model_dump(mode="json")} if candidate.sparse else {}
     stage = run.folder.stage(f"compare/{key}", facts)
     with stage.alone():
         if stage.finished() is not None:

@@ -16,7 +16,7 @@ from dmoe.compare.candidates import CANDIDATES, Candidate, Settings, Trial
 from dmoe.compare.choice import choose
 from dmoe.compare.comparison import write_results
 from dmoe.compare.work import by_every_protocol, compare_one, protocols, read_rows
-from dmoe.config import CONFIG_FOLDER, load_config
+from dmoe.config import CONFIG_FOLDER, GMoEConfig, load_config
 from dmoe.data.base import DomainDataset, DomainSplit
 from dmoe.data.transforms import ImageTransform
 from dmoe.errors import DoesNotApply, UserError
@@ -189,6 +189,18 @@ def test_a_method_that_does_not_apply_is_left_out(
     compare_one(run, "none", chosen_by=run.folder.path)
     assert read_rows(tmp_path / "seed_1" / "compare" / "none") == []
     assert "left out: none for this task" in capsys.readouterr().out
+
+
+def test_layers_of_a_sparse_student_are_inputs_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_in(tmp_path / "seed_1")
+    for experts in (6, 4):
+        made = Candidate("sparse", "", lambda trial, _: Shifting(0), sparse=GMoEConfig(experts=experts))
+        monkeypatch.setitem(cast(dict[str, Candidate], CANDIDATES), "sparse", made)
+        if experts == 6:
+            compare_one(run, "sparse", chosen_by=run.folder.path)  # left out: the student is no transformer
+        else:
+            with pytest.raises(UserError, match="sparse"):
+                compare_one(run, "sparse", chosen_by=run.folder.path)
 
 
 def test_a_training_may_take_as_long_as_all_stages_together_less_what_it_goes_on_from(
